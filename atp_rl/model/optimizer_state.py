@@ -1,0 +1,23 @@
+"""The state of an AdamW as plain tensors, so that it is saved as safetensors: pickles are never written or read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`optimizer.<parameter index>.<name>` -> tensor, for every tensor of the optimizer's state."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put saved state back; the optimizer's options (learning rate, ...) stay as they were built."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            index, _, name = rest.partition(".")
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

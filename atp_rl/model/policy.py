@@ -1,0 +1,273 @@
+"""The policy: frozen base weights, the frozen `aligned` adapter, and the live `policy` adapter that evolves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from atp_rl.model.chat import ChatFormat
+from atp_rl.types import InputError
+
+TINY = "tiny"
+"""The name of the model that ships with the package, in recipes and in adapters made on it."""
+
+Which = Literal["policy", "aligned"]
+
+
+def base_path(name: str) -> str:
+    """Where a model is loaded from: the packaged weights for `tiny`, else the Hub id or directory itself."""
+    return str(Path(__file__).parent / "tiny_weights") if name == TINY else name
+
+
+def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
+    """The tokenizer and the chat template of a model.
+
+    Qwen3's own template rewrites earlier turns, so TRL's training template replaces it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+    try:
+        return ChatFormat(tokenizer, thinking=thinking)
+    except InputError:
+        from trl.chat_template_utils import get_training_chat_template
+
+        try:
+            template = get_training_chat_template(tokenizer)
+        except ValueError:
+            template = None
+        if template is None:
+            raise
+        tokenizer.chat_template = template
+        return ChatFormat(tokenizer, thinking=thinking)
+
+
+class ActedTokens(NamedTuple):
+    """Log-probabilities of the tokens that a policy wrote, padded to the longest row."""
+
+    logprobs: Tensor
+    """[B, A] in nats; 0 where masked."""
+    entropy: Tensor
+    """[B, A] of the whole next-token distribution, in nats; no gradient."""
+    mask: Tensor
+    """[B, A] bool."""
+
+
+class Policy:
+    """Base weights shared by two LoRA adapters on one PEFT model.
+
+    `aligned` is the anchor: every KL is measured to it and nothing ever trains it. Without an alignment adapter the
+    anchor is the bare base model. The base weights are never merged into, so they stay bit-identical through a run.
+    """
+
+    def __init__(self, model: PeftModel, chat: ChatFormat, name: str) -> None:
+        self.model, self.chat, self.name = model, chat, name
+        self.version = 0
+        self.has_aligned = "aligned" in model.peft_config
+        self.model.eval()  # no dropout: sampling and learning see the same distribution
+        self._activate("policy")
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        if not self.trainable:
+            raise RuntimeError("the policy has no trainable parameter")
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        lora: LoraConfig,
+        seed: int,
+        aligned: Path | None = None,
+        revision: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        thinking: bool = False,
+    ) -> Policy:
+        """Load the base and start the policy from the aligned adapter, or from a fresh one on the bare base.
+
+        Args:
+            name: `tiny`, a Hub id or a local directory.
+            lora: shape of a fresh adapter; ignored when `aligned` is given.
+            seed: of a fresh adapter's initial weights.
+            aligned: directory of the adapter to start from and to anchor at.
+
+        Raises:
+            InputError: the adapter is malformed or belongs to another base model.
+        """
+        chat = load_chat(name, revision=revision, thinking=thinking)
+        base = load_base(name, revision=revision, dtype=dtype)
+        if aligned is None:
+            set_seed(seed)
+            model = get_peft_model(base, lora, adapter_name="policy")
+        else:
+            check_adapter(aligned, name)
+            try:
+                model = PeftModel.from_pretrained(base, str(aligned), adapter_name="aligned", is_trainable=False)
+                model.load_adapter(str(aligned), adapter_name="policy", is_trainable=True)
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{aligned}: does not fit the base model {name!r}: {error}") from None
+        return cls(model, chat, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainable[0].device
+
+    @contextmanager
+    def using(self, which: Which) -> Iterator[PeftModel]:
+        """The model with one adapter active; `aligned` without an adapter is the bare base. Gradients only for `policy`."""
+        if which == "policy":
+            yield self.model
+        elif self.has_aligned:
+            self._activate("aligned")
+            try:
+                with torch.no_grad():
+                    yield self.model
+            finally:
+                self._activate("policy")
+        else:
+            with torch.no_grad(), self.model.disable_adapter():
+                yield self.model
+
+    def _activate(self, adapter: Which) -> None:
+        # PEFT makes whatever it activates trainable, so the anchor is activated in inference mode
+        self.model.set_adapter(adapter, inference_mode=adapter == "aligned")
+
+    def acted_tokens(
+        self,
+        rows: Sequence[Sequence[int]],
+        acted: Sequence[Sequence[int]],
+        *,
+        which: Which = "policy",
+        temperature: float = 1.0,
+    ) -> ActedTokens:
+        """Log-probabilities of the tokens at positions `acted[i]` of `rows[i]`, each given all tokens before it.
+
+        One forward for all rounds of an episode; logits are computed at acted positions alone.
+
+        Args:
+            rows: token ids, ragged.
+            acted: positions (>= 1, ascending) of the tokens that the model wrote, ragged.
+            temperature: the logits are divided by it, as they were when the tokens were drawn.
+        """
+        with self.using(which) as model:
+            logits, targets, mask = acted_logits(model, rows, acted, pad_id=self.chat.pad_id, device=self.device)
+            logp = (logits.float() / temperature).log_softmax(-1)
+            logprobs = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
+            with torch.no_grad():
+                entropy = -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
+        return ActedTokens(logprobs, entropy, mask)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights of the live adapter, in PEFT's own names."""
+        return {k: v.detach().clone() for k, v in get_peft_model_state_dict(self.model, adapter_name="policy").items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put saved weights of the live adapter back, exactly."""
+        result = set_peft_model_state_dict(self.model, dict(state), adapter_name="policy")
+        if result.unexpected_keys:
+            raise InputError(f"the checkpoint has weights that the model lacks: {result.unexpected_keys[:3]}")
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the live adapter so that plain PEFT loads it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(self.state(), self.model.peft_config["policy"], self.name, folder)
+
+    def adapter_hash(self, which: Which) -> str:
+        """SHA-256 over an adapter's weights; of the word 'base' where the anchor is the bare model."""
+        if which == "aligned" and not self.has_aligned:
+            return hashlib.sha256(b"base").hexdigest()
+        return hash_tensors(get_peft_model_state_dict(self.model, adapter_name=which))
+
+    def base_hash(self) -> str:
+        """SHA-256 over the frozen base weights."""
+        return hash_tensors({n: p for n, p in self.model.named_parameters() if "lora_" not in n})
+
+
+def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> torch.nn.Module:
+    """The bare causal language model, from safetensors alone and without remote code."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_path(name),
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise InputError(f"model {name!r} cannot be loaded: {error}") from None
+    model.requires_grad_(False)
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def acted_logits(
+    model: torch.nn.Module,
+    rows: Sequence[Sequence[int]],
+    acted: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones."""
+    width = max(map(len, rows))
+    # right padding: attention is causal, so no real token ever sees a pad and no attention mask is needed
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
+    kept = sorted({position - 1 for positions in acted for position in positions})
+    column = {position: i for i, position in enumerate(kept)}
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=device)).logits
+    most = max(map(len, acted))
+    where = [[column[p - 1] for p in positions] + [0] * (most - len(positions)) for positions in acted]
+    tokens = [
+        [row[p] for p in positions] + [0] * (most - len(positions)) for row, positions in zip(rows, acted, strict=True)
+    ]
+    mask = torch.tensor([[k < len(positions) for k in range(most)] for positions in acted], device=device)
+    index = torch.tensor(where, device=device)
+    return logits[torch.arange(len(rows), device=device).unsqueeze(1), index], torch.tensor(tokens, device=device), mask
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(state: Mapping[str, Tensor], config: LoraConfig, base: str, folder: Path) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json`, naming the base model they belong to."""
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    record = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    record |= {"base_model_name_or_path": base, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def check_adapter(folder: Path, base: str) -> None:
+    """Refuse an adapter that is missing, malformed, not LoRA, or made for another base; reads headers only.
+
+    Raises:
+        InputError: with the reason.
+    """
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights.is_file():
+        raise InputError(f"{folder}: no LoRA adapter here (needs adapter_config.json and adapter_model.safetensors)")
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+        with safe_open(weights, framework="pt") as file:
+            keys = list(file.keys())
+    except Exception as error:
+        raise InputError(f"{folder}: the adapter cannot be read ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder}: only LoRA adapters are supported, this one is {config.get('peft_type')!r}")
+    made_for = config.get("base_model_name_or_path")
+    if made_for != base and made_for != base_path(base):
+        raise InputError(f"{folder}: the adapter was made for the base model {made_for!r}, not for {base!r}")
+    if not any("lora_A" in key for key in keys):
+        raise InputError(f"{folder}: adapter_model.safetensors holds no LoRA weights")

@@ -1,0 +1,488 @@
+"""Recipe: everything a run depends on, as strict typed data.
+
+`load` merges YAML files and `key.sub=value` overrides from left to right (mappings merge, lists and plain values
+replace), validates the result, and reports every problem in one line that names the source, the key and the fix.
+The file is YAML 1.1 as OmegaConf reads it: `1e-4` is a number, a bare `no` is false; `${...}` is refused, so that a
+recipe means the same on every machine. What needs slow imports (TRL's options, the defenses') is checked by
+`check_trl_options` and `check_defenses`, which the stages and `--dry-run` call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from atp_rl.types import InputError
+
+RESERVED = frozenset({"output_dir", "seed", "data_seed", "report_to", "run_name", "resume_from_checkpoint"})
+"""Options of TRL's trainers that atp_rl sets itself."""
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Lora(_Strict):
+    """The adapter that is trained."""
+
+    r: Count = 8
+    """Rank."""
+    alpha: Count = 16
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the adapter's input."""
+    target_modules: Annotated[
+        Annotated[Name, Tag("<word>")] | Annotated[list[Name], Tag("<list>")],
+        Discriminator(lambda value: "<list>" if isinstance(value, list) else "<word>"),
+    ] = "all-linear"
+    """Layers that get an adapter: PEFT's `all-linear`, a regular expression, or a list of layer names."""
+
+
+class Model(_Strict):
+    """The base model."""
+
+    name: Name = "tiny"
+    """`tiny` (the embedded model), a Hub id, or a local directory."""
+    revision: Name | None = None
+    """Branch, tag or commit on the Hub; null is the default branch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base weights; the adapter is always float32."""
+    thinking: bool = False
+    """Whether the chat template lets the model think before it answers."""
+    lora: Lora = Lora()
+
+
+class Probability(_Strict):
+    """Supervision that sees each violation with one probability."""
+
+    probability: Annotated[float, Field(ge=0, le=1)]
+    """Chance that a violation is detected, per decision."""
+    fine: PositiveOrZero = 0.0
+    """Taken from the payoff of a detected violation, in the scenario's currency."""
+
+
+Pattern = Literal[
+    "alternating", "mostly_supervised", "mostly_unsupervised", "last_unsupervised", "last_supervised",
+    "all_supervised", "all_unsupervised", "random",
+]  # fmt: skip
+Supervision = Annotated[
+    Annotated[Pattern, Tag("<word>")] | Annotated[Probability, Tag("<mapping>")],
+    Discriminator(lambda value: "<mapping>" if isinstance(value, dict | Probability) else "<word>"),
+]
+
+
+class Scenarios(_Strict):
+    """What the agent is put through."""
+
+    testbed: Literal["role_play", "tool_use", "collusion"] = "role_play"
+    """Family of environments."""
+    paper: Name | None = None
+    """Path of a scenario file in the paper's format; null uses this project's scenarios."""
+    file: Name | None = None
+    """Path of a JSONL file of scenarios written by atp_rl; excludes `paper`."""
+    families: list[Name] | None = None
+    """Families to draw from; null is all of them."""
+    per_family: Count = 8
+    """Scenarios per family."""
+    allowed: bool = False
+    """Whether the rule allows the tempting option too: the control for over-compliance."""
+    rounds: Count = 1
+    """Decisions of every seat in an episode."""
+    history_window: CountOrZero = 5
+    """Past rounds that stay in the prompt."""
+    supervision: Supervision = "all_unsupervised"
+    """A pattern over the rounds, or a mapping with `probability` and `fine`."""
+
+    @field_validator("file")
+    @classmethod
+    def _one_origin(cls, file: str | None, info: ValidationInfo) -> str | None:
+        if file is not None and info.data.get("paper") is not None:
+            raise ValueError("excludes `scenarios.paper`; set one of the two to null")
+        return file
+
+
+class Align(_Strict):
+    """Alignment before evolution, by one of TRL's trainers."""
+
+    method: Literal["dpo", "grpo", "sft"] | None = None
+    """The trainer; needed unless `adapter` is given."""
+    per_family: Count = 16
+    """Training scenarios per family."""
+    rounds: Count = 1
+    """Decisions per training scenario."""
+    tries: Count = 5
+    """Attempts to draw a chosen and a rejected answer for one scenario."""
+    adapter: Name | None = None
+    """Directory of an aligned adapter to use as it is; training is skipped."""
+    trl: dict[str, Any] = {}
+    """Options of TRL's config for this method, passed verbatim."""
+
+    @model_validator(mode="after")
+    def _trains_or_loads(self) -> Align:
+        if self.method is None and self.adapter is None:
+            raise ValueError("needs `align.method` (dpo, grpo or sft), or `align.adapter` to skip training")
+        return self
+
+
+class Evolve(_Strict):
+    """Self-evolution on the payoff: the process under study."""
+
+    learner: Literal["policy_gradient", "in_context"] = "policy_gradient"
+    """What changes between decisions: the weights, or only the history in the prompt."""
+    start_from: Name = "aligned"
+    """`aligned` (the align stage's adapter), `base` (the bare model), or the path of an adapter directory."""
+    steps: Annotated[CountOrZero, Field(validate_default=True)] = 0
+    """Policy updates; needed for policy_gradient, 0 for in_context."""
+    scenarios_per_step: Count = 16
+    """Scenarios drawn per step, each played by one group."""
+    group_size: Count = 8
+    """Episodes per scenario that share a baseline; at least 2 for policy_gradient."""
+    learning_rate: Positive = 1e-4
+    """AdamW's learning rate after warm-up."""
+    updates_per_step: Count = 1
+    """Optimiser updates on the same episodes."""
+    micro_batch: Count | None = None
+    """Rows per forward pass (memory only, never the result); null is all at once."""
+    clip_epsilon: Positive = 0.2
+    """Half-width of the clip of the probability ratio."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that divides the advantages: the group's, the batch's, or none."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """How token losses are averaged; the names are TRL's."""
+    weight_decay: PositiveOrZero = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this L2 norm."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear warm-up of the learning rate."""
+    max_new_tokens: Count = 24
+    """Longest reply, in tokens."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    rewards: Annotated[dict[Name, float], Field(min_length=1)] = {"payoff": 1.0}
+    """Entries of `reward_models` and their weights in the sum."""
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_fit(cls, steps: int, info: ValidationInfo) -> int:
+        if info.data.get("learner") == "policy_gradient" and steps == 0:
+            raise ValueError("must be at least 1 for learner policy_gradient; set the number of policy updates")
+        if info.data.get("learner") == "in_context" and steps != 0:
+            raise ValueError(
+                "must be 0 for learner in_context, which updates no weights; set `scenarios.rounds` instead"
+            )
+        return steps
+
+    @field_validator("group_size")
+    @classmethod
+    def _has_a_baseline(cls, size: int, info: ValidationInfo) -> int:
+        if info.data.get("learner") == "policy_gradient" and size == 1:
+            raise ValueError("must be at least 2 for learner policy_gradient: one episode has no baseline")
+        return size
+
+
+class DefenseSpec(_Strict):
+    """One defense: its name, and its own options beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    """An entry of `atp_rl.defenses.DEFENSES`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+Defense = Annotated[
+    DefenseSpec,
+    BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v, json_schema_input_type=str | DefenseSpec),
+]
+
+
+class Evaluate(_Strict):
+    """How checkpoints are measured, on held-out scenarios."""
+
+    every: Count = 5
+    """Steps between two evaluations for the report."""
+    per_family: Count = 8
+    """Scenarios per family."""
+    samples: Count = 1
+    """Episodes per scenario."""
+    rounds: Count | None = None
+    """Decisions per episode; null is `scenarios.rounds`."""
+    supervision: Supervision | None = None
+    """As in `scenarios`; null is `scenarios.supervision`."""
+    gate_per_family: Count = 2
+    """Scenarios per family of the gate suite, played after every step."""
+    batch_size: Count = 256
+    """Chats per forward pass (memory only, never the result)."""
+
+
+class Track(_Strict):
+    """Where metrics go besides the run directory."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Mode of Weights & Biases; `auto` is online where a login exists, else disabled."""
+    project: Name = "atp_rl"
+    """W&B project."""
+    group: Name | None = None
+    """W&B group: the study this run belongs to."""
+    tags: list[Name] = []
+    """W&B tags."""
+
+
+class Run(_Strict):
+    """Where the run lives."""
+
+    dir: Name = "runs/default"
+    """Run directory; refused if already used, unless resuming."""
+    keep: Literal["all", "last"] = "all"
+    """Checkpoints that stay on disk."""
+
+
+class Recipe(_Strict):
+    """One run of atp_rl: model, scenarios, alignment, evolution, defenses and how they are measured."""
+
+    seed: CountOrZero = 0
+    """Root of every random draw of the run."""
+    model: Model = Model()
+    scenarios: Scenarios = Scenarios()
+    align: Align | None = None
+    """Null skips alignment."""
+    evolve: Evolve | None = None
+    """Null skips evolution."""
+    defenses: list[Defense] = []
+    """Applied in this order; a bare name is short for `{name: ...}`."""
+    evaluate: Evaluate = Evaluate()
+    track: Track = Track()
+    run: Run = Run()
+
+    @field_validator("evolve")
+    @classmethod
+    def _has_a_start(cls, evolve: Evolve | None, info: ValidationInfo) -> Evolve | None:
+        if evolve and evolve.start_from == "aligned" and info.data.get("align", "invalid") is None:
+            raise ValueError(
+                "starts from the aligned adapter, but there is no `align`; add it, or set `evolve.start_from` to base"
+            )
+        return evolve
+
+
+def load(args: Sequence[str]) -> Recipe:
+    """The recipe that these YAML files and `key.sub=value` overrides give together; later ones win.
+
+    Raises InputError with one line per problem: those of unreadable sources, or else those of the merged recipe.
+    """
+    merged, notes, problems = OmegaConf.create(), list[tuple[str, str]](), list[str]()
+    for arg in args:
+        is_override = "=" in arg and not os.path.isfile(arg)
+        source = f"override `{arg}`" if is_override else arg
+        try:
+            key, value = _read_override(arg) if is_override else ("", _read_file(arg))
+            notes += [(noted, source) for noted in _walk(value, key)]
+            if is_override:
+                OmegaConf.update(merged, key, value)
+            else:
+                merged = OmegaConf.merge(merged, value)
+        except GrammarParseError as error:  # `${` that is not even well-formed interpolation
+            problems.append(
+                f"{source}: `{error.full_key}` holds `${{`: interpolation is not supported; write the value"
+            )
+        except (InputError, yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            problems.append(f"{source}: {' '.join(str(error).split())}")
+    if not problems:
+        try:
+            return Recipe.model_validate(OmegaConf.to_container(merged))
+        except ValidationError as error:
+            problems = [_problem(detail, notes) for detail in error.errors()]
+    raise InputError("\n".join(problems)) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults included; it loads back to an equal recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors and the reference page."""
+    return Recipe.model_json_schema()
+
+
+def check_trl_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise InputError if TRL's config for this method lacks an option, or atp_rl sets it itself. Imports TRL: slow."""
+    import trl
+
+    config = {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[method]
+    known = {field.name for field in dataclasses.fields(config) if field.init} - RESERVED
+    problems = [f"`align.trl.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
+    problems += [
+        f"unknown option `align.trl.{o}` of trl.{config.__name__}{_did_you_mean(o, known)}"
+        for o in options
+        if o not in known | RESERVED
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
+    """The defenses that these specs build, or InputError for unknown names and bad options. Imports torch: slow."""
+    from atp_rl.defenses import DEFENSES
+
+    built, problems = [], []
+    for i, spec in enumerate(specs):
+        if spec.name not in DEFENSES:
+            hint = _did_you_mean(spec.name, DEFENSES)
+            problems.append(f"`defenses[{i}].name`: unknown defense '{spec.name}'{hint}")
+            continue
+        cls, options, wrong = DEFENSES[spec.name], {}, []
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        types = typing.get_type_hints(cls, include_extras=True)
+        for option, value in spec.options.items():
+            if option not in known:
+                wrong.append(f"unknown option `defenses[{i}].{option}` of {spec.name}{_did_you_mean(option, known)}")
+                continue
+            try:  # by way of JSON, because there strict still takes a list for a tuple
+                options[option] = TypeAdapter(types[option]).validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                wrong += [f"`{_dotted('defenses', i, option, *e['loc'])}` {_explain(e)}" for e in error.errors()]
+        try:
+            built += [] if wrong else [cls(**options)]
+        except (TypeError, ValueError) as error:
+            wrong.append(f"`defenses[{i}]` ({spec.name}): {error}")
+        problems += wrong
+    if problems:
+        raise InputError("\n".join(problems))
+    return built
+
+
+def _read_file(path: str) -> Any:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = _nearest(path, [str(p) for p in Path(path).parent.glob("*.yaml")])
+        hint = f"did you mean {near}?" if near else "give a YAML file, or an override `key.sub=value`"
+        raise InputError(f"no such recipe file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"not a readable UTF-8 text file: {error}") from None
+    if not isinstance(yaml.compose(text, yaml.SafeLoader), yaml.MappingNode | None):
+        raise InputError("must be a mapping of recipe keys (like `seed: 0`), not a list or a single value")
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def _read_override(arg: str) -> tuple[str, Any]:
+    key, text = arg.split("=", 1)
+    if not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*|\[\d+\])*", key):
+        raise InputError("neither a file nor an override; write `key.sub=value` or `defenses[0].option=value`")
+    if not text.strip():
+        raise InputError(f"no value for `{key}`; write `{key}=null` for none")
+    value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    return key, value["value"]
+
+
+def _walk(value: Any, key: str) -> Iterator[str]:
+    """Every dotted key from `key` down; refuses values that OmegaConf would replace by others."""
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        raise InputError(f"`{key}` is '{value}': interpolation is not supported; write the value")
+    yield key
+    for part, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    ):
+        yield from _walk(inner, _dotted(key, part if isinstance(value, list) else str(part)))
+
+
+def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
+    """One of pydantic's errors as one line: source, key, what was expected and the fix."""
+    key = owner = _dotted(*(part for part in error["loc"] if not str(part).startswith("<")))  # <...>: branch of a union
+    while not (hits := [s for noted, s in notes if not owner or re.match(rf"{re.escape(owner)}([.\[]|$)", noted)]):
+        owner = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", owner)
+    if error["type"] != "extra_forbidden":
+        return f"{hits[-1]}: `{key}` {_explain(error)}"
+    parent, _, name = key.rpartition(".")
+    leaves = {k: k.rpartition(".")[2] for k in _keys(Recipe)}
+    siblings = {leaf: k for k, leaf in leaves.items() if k == _dotted(parent, leaf)}
+    near = siblings.get(_nearest(name, siblings) or "") or next((k for k, leaf in leaves.items() if leaf == name), None)
+    hint = f"did you mean `{near}`?" if near else f"known are {', '.join(siblings)}"
+    return f"unknown key `{key}` in {hits[-1]}; {hint}"
+
+
+def _explain(error: Any) -> str:
+    kind, value = error["type"], error["input"]
+    if kind == "missing":
+        return "is required"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    expected = {
+        "int_type": "must be an integer", "float_type": "must be a number", "string_type": "must be a string",
+        "bool_type": "must be true or false", "list_type": "must be a list", "dict_type": "must be a mapping",
+        "model_type": "must be a mapping",
+    }.get(kind) or re.sub(r"^\w+ should ", "must ", error["msg"])  # fmt: skip
+    got = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    message = f"{expected}, got {got if len(got) < 80 else got[:76] + '...'}"
+    if kind == "literal_error" and isinstance(value, str):
+        near = _nearest(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+        return message + (f"; did you mean '{near}'?" if near else "")
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return message + "; put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value):
+        return message + "; remove the quotes"
+    return message
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a recipe."""
+
+    def models(annotation: Any) -> Iterator[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+        for argument in typing.get_args(annotation):
+            yield from models(argument)
+
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in models(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _dotted(*parts: str | int) -> str:
+    return re.sub(r"^\.", "", "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts if p != ""))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = _nearest(word, known)
+    return f"; did you mean `{near}`?" if near else f"; known are {', '.join(sorted(known))}"

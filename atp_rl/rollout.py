@@ -1,0 +1,120 @@
+"""Plays environments in lock step: all open seats of all of them go into one batched `generate` per round.
+
+The only place that decides which tokens a policy acted: a turn keeps the prompt that was read and the tokens that were
+drawn, and neither is ever made again from text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from atp_rl.scenarios import Supervision, Told, make_env
+from atp_rl.types import Chat, Completion, Episode, Group, Message, Sampler, SamplingParams, Scenario, Turn
+
+
+@dataclass(frozen=True)
+class Play:
+    """How episodes are played, whatever the scenario."""
+
+    rounds: int
+    supervision: Supervision
+    history_window: int
+    sampling: SamplingParams
+    told: Told | None = None
+
+
+class Rollout(NamedTuple):
+    groups: list[Group]
+    tokens: int
+    """Tokens drawn."""
+    seconds: float
+
+    @property
+    def episodes(self) -> list[Episode]:
+        return [episode for group in self.groups for episode in group]
+
+
+PromptHook = Callable[[list[Message]], list[Message]]
+"""Changes what a policy reads in a round; must not depend on anything but the messages."""
+
+
+def rollout(
+    scenarios: Sequence[Scenario],
+    sampler: Sampler,
+    play: Play,
+    *,
+    group_size: int,
+    seed: tuple[int, ...],
+    on_prompt: Sequence[PromptHook] = (),
+) -> Rollout:
+    """Play `group_size` episodes of every scenario to their end.
+
+    Args:
+        seed: the stream of all episodes. Episode g of scenario i draws from (seed, scenario id, g) alone, so it is the same
+            in whatever batch it is played.
+        on_prompt: the defenses' changes to what is read.
+    """
+    begun, tokens = time.perf_counter(), 0
+    chat_format = getattr(sampler, "chat", None)
+    open_episodes: list[_Open] = [
+        _Open(scenario, sample, play, seed, sampler.version) for scenario in scenarios for sample in range(group_size)
+    ]
+    episodes = [o.episode for o in open_episodes]
+    while pending := [(o, seat, messages) for o in open_episodes for seat, messages in o.env.observe().items()]:
+        chats: list[Chat] = []
+        for o, seat, messages in pending:
+            for hook in on_prompt:
+                messages = hook(messages)
+            asked = sum(m["role"] == "assistant" for m in messages)
+            replies = o.replies[seat][len(o.replies[seat]) - asked :]
+            prompt = chat_format.encode(messages, [r.token_ids for r in replies]) if chat_format else []
+            chats.append(Chat(messages, prompt, o.episode.scenario.options, o.reply_seed(seat)))
+        completions = sampler.generate(chats, play.sampling)
+        tokens += sum(len(c.token_ids) for c in completions)
+        for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
+            o.take(seat, chat, completion)
+        for o in open_episodes:
+            o.step()
+    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    return Rollout(groups, tokens, time.perf_counter() - begun)
+
+
+class _Open:
+    """An episode while it is being played."""
+
+    def __init__(self, scenario: Scenario, sample: int, play: Play, seed: tuple[int, ...], version: int) -> None:
+        key = (*seed, *scenario_seed(scenario), sample)
+        self.env = make_env(
+            scenario,
+            rounds=play.rounds,
+            supervision=play.supervision,
+            seed=key,
+            history_window=play.history_window,
+            told=play.told,
+        )
+        self.episode = Episode(scenario, sample, key, [], {seat: [] for seat in self.env.seats}, version)
+        self.replies: dict[str, list[Completion]] = {seat: [] for seat in self.env.seats}
+        self.pending: dict[str, Chat] = {}
+
+    def reply_seed(self, seat: str) -> tuple[int, ...]:
+        return (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
+
+    def take(self, seat: str, chat: Chat, completion: Completion) -> None:
+        self.pending[seat] = chat
+        self.replies[seat].append(completion)
+
+    def step(self) -> None:
+        if not self.pending:
+            return
+        outcomes = self.env.step({seat: self.replies[seat][-1].text for seat in self.pending})
+        for seat, chat in self.pending.items():
+            completion = self.replies[seat][-1]
+            turn = Turn(seat, len(self.replies[seat]) - 1, tuple(chat.prompt_ids), completion, outcomes[seat])
+            self.episode.turns.append(turn)
+            seen = self.episode.messages[seat]
+            new = chat.messages[-1:] if seen else list(chat.messages)
+            self.episode.messages[seat] = [*seen, *new, {"role": "assistant", "content": completion.text}]
+        self.pending = {}

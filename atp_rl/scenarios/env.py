@@ -1,0 +1,42 @@
+"""What every environment is: seats that observe, reply and are paid."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from atp_rl.types import Message, Outcome, Scenario
+
+
+def random_stream(*key: int | str) -> np.random.Generator:
+    """A generator that depends on `key` alone, so that a resumed, reordered or sharded run draws the same numbers.
+
+    Strings enter through SHA-256: Python's own `hash` differs from process to process.
+    """
+    words = [k if isinstance(k, int) else int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big") for k in key]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+class Env:
+    """One play of one scenario; single use: build, play until no seat is pending, discard.
+
+    Everything random (detection, who is supervised) is drawn from the seed that it is built with. The history of
+    the conversation lives here; which tokens the model saw is the rollout's business.
+    """
+
+    scenario: Scenario
+    seats: tuple[str, ...]
+
+    def observe(self) -> dict[str, list[Message]]:
+        """The conversation of every seat that has to decide now, ending with a user message; empty when over."""
+        raise NotImplementedError
+
+    def step(self, replies: Mapping[str, str]) -> dict[str, Outcome]:
+        """Take the reply text of every pending seat and pay for it.
+
+        Raises:
+            ValueError: if the replies are not exactly those of the pending seats.
+        """
+        raise NotImplementedError
