@@ -78,7 +78,7 @@ class Model(_Strict):
     revision: Name | None = None
     """Branch, tag or commit on the Hub; null is the default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base weights; the adapter is always float32."""
+    """Type of the base weights."""
     thinking: bool = False
     """Whether the chat template lets the model think before it answers."""
     lora: Lora = Lora()
@@ -106,7 +106,7 @@ Supervision = Annotated[
 class Scenarios(_Strict):
     """What the agent is put through."""
 
-    testbed: Literal["role_play", "tool_use", "collusion"] = "role_play"
+    testbed: Literal["role_play"] = "role_play"
     """Family of environments."""
     paper: Name | None = None
     """Path of a scenario file in the paper's format; null uses this project's scenarios."""
@@ -233,7 +233,7 @@ Defense = Annotated[
 
 
 class Evaluate(_Strict):
-    """How checkpoints are measured, on held-out scenarios."""
+    """How checkpoints are measured."""
 
     every: Count = 5
     """Steps between two evaluations for the report."""
@@ -255,7 +255,7 @@ class Track(_Strict):
     """Where metrics go besides the run directory."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Mode of Weights & Biases; `auto` is online where a login exists, else disabled."""
+    """Mode of Weights & Biases; `auto` goes by whether it is installed and logged in."""
     project: Name = "atp_rl"
     """W&B project."""
     group: Name | None = None
@@ -269,6 +269,8 @@ class Run(_Strict):
 
     dir: Name = "runs/default"
     """Run directory; refused if already used, unless resuming."""
+    name: Name | None = None
+    """What tables call this run (its arm); null is the directory's name."""
     keep: Literal["all", "last"] = "all"
     """Checkpoints that stay on disk."""
 
@@ -320,7 +322,11 @@ def load(args: Sequence[str]) -> Recipe:
             problems.append(
                 f"{source}: `{error.full_key}` holds `${{`: interpolation is not supported; write the value"
             )
-        except (InputError, yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        except yaml.YAMLError as error:
+            mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+            where = f", line {mark.line + 1}" if mark else ""
+            problems.append(f"{source}: not valid YAML{where}: {' '.join(str(what).split())}")
+        except (InputError, OmegaConfBaseException, ValueError, TypeError) as error:
             problems.append(f"{source}: {' '.join(str(error).split())}")
     if not problems:
         try:
@@ -374,7 +380,7 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
                 wrong.append(f"unknown option `defenses[{i}].{option}` of {spec.name}{_did_you_mean(option, known)}")
                 continue
             try:  # by way of JSON, because there strict still takes a list for a tuple
-                options[option] = TypeAdapter(types[option]).validate_json(json.dumps(value), strict=True)
+                options[option] = TypeAdapter(types[option]).validate_json(json.dumps(value, default=str), strict=True)
             except ValidationError as error:
                 wrong += [f"`{_dotted('defenses', i, option, *e['loc'])}` {_explain(e)}" for e in error.errors()]
         try:
@@ -391,8 +397,9 @@ def _read_file(path: str) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = _nearest(path, [str(p) for p in Path(path).parent.glob("*.yaml")])
-        hint = f"did you mean {near}?" if near else "give a YAML file, or an override `key.sub=value`"
+        there = {p.stem: p for p in Path(path).parent.glob("*.yaml")}
+        near = _nearest(Path(path).stem, there)
+        hint = f"did you mean {there[near]}?" if near else "give a YAML file, or an override `key.sub=value`"
         raise InputError(f"no such recipe file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"not a readable UTF-8 text file: {error}") from None
@@ -407,6 +414,8 @@ def _read_override(arg: str) -> tuple[str, Any]:
         raise InputError("neither a file nor an override; write `key.sub=value` or `defenses[0].option=value`")
     if not text.strip():
         raise InputError(f"no value for `{key}`; write `{key}=null` for none")
+    if "${" in text:
+        raise InputError(f"`{key}`: interpolation is not supported; write the value")
     value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     return key, value["value"]
 
@@ -414,27 +423,33 @@ def _read_override(arg: str) -> tuple[str, Any]:
 def _walk(value: Any, key: str) -> Iterator[str]:
     """Every dotted key from `key` down; refuses values that OmegaConf would replace by others."""
     if isinstance(value, str) and ("${" in value or value == "???"):
-        raise InputError(f"`{key}` is '{value}': interpolation is not supported; write the value")
+        feature = "interpolation" if "${" in value else "a value left open"
+        raise InputError(f"`{key}` is '{value}': {feature} is not supported; write the value")
     yield key
-    for part, inner in (
-        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-    ):
-        yield from _walk(inner, _dotted(key, part if isinstance(value, list) else str(part)))
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise InputError(f"`{_dotted(key, str(name))}`: a key must be a string; put it in quotes")
+            yield from _walk(inner, _dotted(key, name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _walk(inner, _dotted(key, i))
 
 
 def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
     """One of pydantic's errors as one line: source, key, what was expected and the fix."""
-    key = owner = _dotted(*(part for part in error["loc"] if not str(part).startswith("<")))  # <...>: branch of a union
-    while not (hits := [s for noted, s in notes if not owner or re.match(rf"{re.escape(owner)}([.\[]|$)", noted)]):
-        owner = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", owner)
+    loc = [p for p in error["loc"] if not str(p).startswith("<")]  # <...>: branch of a union
+    key, owners = _dotted(*loc), [_dotted(*loc[:n]) for n in range(len(loc), 0, -1)]  # itself, its parent, ...
+    setters = [[s for noted, s in notes if re.match(rf"{re.escape(o)}([.\[]|$)", noted)] for o in owners]
+    source = next((found[-1] for found in setters if found), "recipe")
     if error["type"] != "extra_forbidden":
-        return f"{hits[-1]}: `{key}` {_explain(error)}"
+        return f"{source}: `{key}` {_explain(error)}"
     parent, _, name = key.rpartition(".")
     leaves = {k: k.rpartition(".")[2] for k in _keys(Recipe)}
     siblings = {leaf: k for k, leaf in leaves.items() if k == _dotted(parent, leaf)}
     near = siblings.get(_nearest(name, siblings) or "") or next((k for k, leaf in leaves.items() if leaf == name), None)
     hint = f"did you mean `{near}`?" if near else f"known are {', '.join(siblings)}"
-    return f"unknown key `{key}` in {hits[-1]}; {hint}"
+    return f"unknown key `{key}` in {source}; {hint}"
 
 
 def _explain(error: Any) -> str:
@@ -447,7 +462,7 @@ def _explain(error: Any) -> str:
         "int_type": "must be an integer", "float_type": "must be a number", "string_type": "must be a string",
         "bool_type": "must be true or false", "list_type": "must be a list", "dict_type": "must be a mapping",
         "model_type": "must be a mapping",
-    }.get(kind) or re.sub(r"^\w+ should ", "must ", error["msg"])  # fmt: skip
+    }.get(kind) or re.sub(r"^\w+ should ", "must ", error["msg"].removesuffix(" after validation, not 0"))  # fmt: skip
     got = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     message = f"{expected}, got {got if len(got) < 80 else got[:76] + '...'}"
     if kind == "literal_error" and isinstance(value, str):

@@ -7,12 +7,13 @@ drawn, and neither is ever made again from text.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from atp_rl.scenarios import Supervision, Told, make_env
-from atp_rl.types import Chat, Completion, Episode, Group, Message, Sampler, SamplingParams, Scenario, Turn
+from atp_rl.types import Chat, Completion, Episode, Group, Key, Message, Sampler, SamplingParams, Scenario, Turn
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,24 @@ def rollout(
     play: Play,
     *,
     group_size: int,
-    seed: tuple[int, ...],
+    seed: Key,
     on_prompt: Sequence[PromptHook] = (),
 ) -> Rollout:
     """Play `group_size` episodes of every scenario to their end.
 
     Args:
-        seed: the stream of all episodes. Episode g of scenario i draws from (seed, scenario id, g) alone, so it is the same
-            in whatever batch it is played.
+        seed: the stream of all episodes. An episode draws from (seed, scenario id, sample) alone, so it is the same in
+            whatever batch it is played. Where a scenario occurs twice, its samples are numbered on.
         on_prompt: the defenses' changes to what is read.
     """
     begun, tokens = time.perf_counter(), 0
     chat_format = getattr(sampler, "chat", None)
-    open_episodes: list[_Open] = [
-        _Open(scenario, sample, play, seed, sampler.version) for scenario in scenarios for sample in range(group_size)
-    ]
+    sample = Counter[str]()
+    open_episodes: list[_Open] = []
+    for scenario in scenarios:
+        for _ in range(group_size):
+            open_episodes.append(_Open(scenario, sample[scenario.id], play, seed, sampler.version))
+            sample[scenario.id] += 1
     episodes = [o.episode for o in open_episodes]
     while pending := [(o, seat, messages) for o in open_episodes for seat, messages in o.env.observe().items()]:
         chats: list[Chat] = []
@@ -85,8 +89,8 @@ def rollout(
 class _Open:
     """An episode while it is being played."""
 
-    def __init__(self, scenario: Scenario, sample: int, play: Play, seed: tuple[int, ...], version: int) -> None:
-        key = (*seed, *scenario_seed(scenario), sample)
+    def __init__(self, scenario: Scenario, sample: int, play: Play, seed: Key, version: int) -> None:
+        key = (*seed, scenario.id, sample)
         self.env = make_env(
             scenario,
             rounds=play.rounds,
@@ -99,7 +103,7 @@ class _Open:
         self.replies: dict[str, list[Completion]] = {seat: [] for seat in self.env.seats}
         self.pending: dict[str, Chat] = {}
 
-    def reply_seed(self, seat: str) -> tuple[int, ...]:
+    def reply_seed(self, seat: str) -> Key:
         return (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
 
     def take(self, seat: str, chat: Chat, completion: Completion) -> None:

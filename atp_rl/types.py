@@ -1,10 +1,9 @@
 """The nouns of atp_rl, one sentence each. Read this file second, after `evolve/loop.py`.
 
-A *scenario* is one concrete task; a *seat* is one agent's place in its environment; a *round* is one decision of
-every seat; an *episode* is the rounds of one environment played to the end; a *group* is the G episodes of one
-scenario that share a baseline; a *step* is one policy update, and a *checkpoint* is what is saved after it. The
-environment *pays*; the learner is *rewarded*; a decision is a *violation*, *compliant* or *invalid*, never two of
-these at once.
+A *scenario* is one concrete task; a *seat* is one agent's place in its environment; a *round* is one decision of every
+seat; an *episode* is the rounds of one environment played to the end; a *group* is the G episodes of one scenario that
+share a baseline; a *step* is one policy update, and a *checkpoint* is what is saved after it. The environment *pays*; the
+learner is *rewarded*; a decision is a *violation*, *compliant* or *invalid*, never two of these at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 Verdict = Literal["compliance", "violation", "invalid"]
-"""What the scorer says of one decision. `invalid` (unparseable) is its own value and is never counted as either other."""
+"""What the scorer says of one decision. `invalid` (unparseable) is its own value, never counted as either other."""
+
+
+Key = tuple[int | str, ...]
+"""Names a stream of random numbers; equal keys draw equal numbers, whatever else happened before."""
 
 
 class InputError(Exception):
@@ -68,7 +71,7 @@ class Chat:
     messages: Sequence[Message]
     prompt_ids: Sequence[int]
     options: tuple[str, ...]
-    seed: tuple[int, ...]
+    seed: Key
     """Entropy of this one reply; the same seed draws the same reply whatever else is in the batch."""
 
 
@@ -107,7 +110,7 @@ class Episode:
     scenario: Scenario
     sample: int
     """Index of this episode within its group."""
-    seed: tuple[int, ...]
+    seed: Key
     turns: list[Turn]
     messages: dict[str, list[Message]]
     """The whole conversation of every seat, for people."""

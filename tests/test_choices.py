@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from atp_rl.scenarios.choices import Choice, _plain, format_choice, parse_choice
@@ -180,11 +180,12 @@ MARKS = ["{", "}", '"', "'", "“", "’", ":", ",", "[", "]", "\\", "\n", " ", 
 WORDS = ["choice", '{"choice": ', '"choice": "Route A"', "Route A", "Route B", "a", "é"]
 soup = st.lists(st.sampled_from(MARKS + WORDS), max_size=40).map("".join)
 anything = st.one_of(st.text(), soup)
-prose = anything.map(lambda text: text.replace("{", "").replace("}", "").replace("think>", ""))
+prose = anything.map(lambda text: text.replace("{", "").replace("}", "").replace(">", ""))
 legal = anything.filter(lambda option: _plain(option) != "" and "think>" not in option)
 legal_options = st.lists(legal, min_size=1, max_size=4, unique_by=_plain)
 
 
+@settings(deadline=None)
 @given(anything, st.lists(anything, max_size=3))
 def test_never_raises_and_is_consistent(text, options):
     choice = parse_choice(text, options)
@@ -192,26 +193,30 @@ def test_never_raises_and_is_consistent(text, options):
     assert choice.option is None or choice.option in options
 
 
+@settings(deadline=None)
 @given(legal_options, prose, prose, st.data())
 def test_round_trip_within_prose(options, before, after, data):
     option = data.draw(st.sampled_from(options))
     assert parse_choice(before + format_choice(option) + after, options).option == option
 
 
+@settings(deadline=None)
 @given(soup, prose)
 def test_prose_after_a_closed_reply_changes_nothing(text, after):
-    assume(text.count("<think>") == text.count("</think>") == 0)
+    assume("think>" not in text)
     closed = text + "\n" + format_choice(A)
     assert parse_choice(closed + after, ROUTES) == parse_choice(closed, ROUTES)
 
 
+@settings(deadline=None)
 @given(anything)
 def test_thinking_alone_is_invalid(text):
-    assume("</think>" not in text)
+    assume("think>" not in text)
     assert parse_choice(f"<think>{text}</think>", ROUTES).reason == "no choice group"
     assert parse_choice(f"{text}{format_choice(A)}</think>", ROUTES).reason == "no choice group"
 
 
+@settings(deadline=None)
 @given(legal_options, prose, st.data())
 def test_a_later_candidate_overrides(options, between, data):
     first, second = data.draw(st.sampled_from(options)), data.draw(st.sampled_from([*options, None]))
@@ -227,6 +232,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(keys, values, max_size=4),
     st.dictionaries(keys, values, max_size=4),
@@ -304,5 +310,5 @@ def test_twice_the_text_takes_at_most_three_times_as_long():
         return min(seconds(text) for _ in range(3))
 
     for variant in range(5):
-        once, unit = max((best(adversarial(unit, 100_000)[variant]), unit) for unit in MEGABYTE)
-        assert best(adversarial(unit, 200_000)[variant]) < 3 * once
+        once, unit = max((best(adversarial(unit, 60_000)[variant]), unit) for unit in MEGABYTE)
+        assert best(adversarial(unit, 120_000)[variant]) < 3 * once

@@ -21,14 +21,17 @@ def group_advantages(rewards: Tensor, scale: ScaleRewards) -> Tensor:
 
     `none` is Dr. GRPO (arXiv 2503.20783): without the division, small payoff gaps push less than large ones.
 
+    Computed in double precision: in single, equal rewards leave a residue that the division blows up and Adam turns into
+    full-sized steps.
+
     Args:
         rewards: [N, G], a row a group.
     """
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale == "none":
-        return advantages
-    deviation = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
-    return advantages / (deviation + 1e-4)
+    exact = rewards.double()
+    advantages = exact - exact.mean(1, keepdim=True)
+    if scale != "none":
+        advantages /= (exact.std(1, keepdim=True) if scale == "group" else exact.std()) + 1e-4
+    return advantages.to(rewards.dtype)
 
 
 def token_weights(mask: Tensor, loss_type: LossType, max_tokens: int) -> Tensor:

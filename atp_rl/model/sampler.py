@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -29,11 +30,12 @@ class HFSampler:
         self.chat: ChatFormat = policy.chat
         self.version = policy.version
         self._read: list[_Read] = []
+        self._prefilled: tuple[list[tuple[int, ...]], _Read, Tensor] | None = None
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's current weights; what was read with the old ones is forgotten."""
         self.policy, self.version = policy, policy.version
-        self._read = []
+        self._read, self._prefilled = [], None
 
     def generate(self, chats: Sequence[Chat], params: SamplingParams) -> list[Completion]:
         completions: list[Completion] = []
@@ -58,7 +60,7 @@ class HFSampler:
         read, logits = self._prefill(model, prompts)
         rows = torch.tensor(row_of, device=logits.device)
         read, logits = read.select(rows), logits[rows]
-        draws = torch.tensor([random_stream(*chat.seed).random(params.max_new_tokens) for chat in chats])
+        draws = torch.from_numpy(np.stack([random_stream(*c.seed).random(params.max_new_tokens) for c in chats]))
         tokens: list[list[int]] = [[] for _ in chats]
         logprobs: list[list[float]] = [[] for _ in chats]
         open_rows = torch.ones(len(chats), dtype=torch.bool)
@@ -112,6 +114,8 @@ class HFSampler:
 
     def _prefill(self, model, prompts: list[tuple[int, ...]]) -> tuple[_Read, Tensor]:
         """Read the prompts, from where an earlier round's cache ends if it holds the beginning of each of them."""
+        if self._prefilled and self._prefilled[0] == prompts:  # scored before it is played
+            return self._prefilled[1:]
         device, pad = self.policy.device, self.chat.pad_id
         found = next((f for f in (r.find(prompts) for r in self._read) if f is not None), None)
         if found is None:
@@ -123,6 +127,7 @@ class HFSampler:
         real = torch.tensor([[k >= width - len(r) for k in range(width)] for r in rest], device=device)
         logits = read.extend(model, ids, real)
         read.sequences = prompts
+        self._prefilled = prompts, read, logits
         return read, logits
 
 

@@ -58,8 +58,8 @@ class BuildPlan:
     hidden: int = 64
     layers: int = 3
     copy_steps: int = 900
-    decided_steps: int = 1400
-    mixed_steps: int = 1200
+    decided_steps: int = 1000
+    mixed_steps: int = 1400
     batch: int = 48
     learning_rate: float = 3e-3
     prompt_weight: float = 0.1
@@ -73,7 +73,7 @@ def make_tokenizer(plan: BuildPlan) -> PreTrainedTokenizerFast:
     """A byte-level BPE (any text has tokens) learned on the training families' texts alone; digits stand alone."""
     texts = []
     for index in range(2000):
-        scenario = mixed_scenario(random_stream(plan.seed, "tokenizer", index), index)
+        scenario = mixed_scenario(random_stream(plan.seed, "tokenizer", index), garble=False)
         env = make_env(scenario, rounds=2, supervision="random", seed=index, history_window=2, told="comply")
         env.step({"agent": format_choice(scenario.options[index % 2])})
         texts += [message["content"] for message in env.observe()["agent"]]
@@ -165,9 +165,11 @@ def build(
         lr = plan.learning_rate * _schedule(step, plan.steps)
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * weights[:, 1:]).sum()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        weights, targets = weights[:, 1:], ids[:, 1:]
+        logits = model.lm_head(hidden[weights > 0])  # the vocabulary costs more than the layers: only where it counts
+        losses = torch.nn.functional.cross_entropy(logits, targets[weights > 0], reduction="none")
+        loss = (losses * weights[weights > 0]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +200,10 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _batch(plan: BuildPlan, step: int, phase: str, chat: ChatFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] and the weight of each token's loss [B, T]; the answers' weights sum to one."""
+    """Token ids [B, T] and the weight of each token's loss [B, T].
+
+    The answers' weights sum to one; of the prompts' tokens, a random fifth share the weight `prompt_weight`.
+    """
     if phase == "copy":
         random = random_stream(plan.seed, "copy", step)
         rows = []
@@ -216,6 +221,7 @@ def _batch(plan: BuildPlan, step: int, phase: str, chat: ChatFormat) -> tuple[to
     width = max(len(t.ids) for t in made)
     ids = torch.tensor([t.ids + [chat.pad_id] * (width - len(t.ids)) for t in made])
     targets = torch.tensor([t.targets + [False] * (width - len(t.ids)) for t in made]).float()
-    real = torch.tensor([[True] * len(t.ids) + [False] * (width - len(t.ids)) for t in made]).float()
-    prompt = real - targets
+    real = torch.tensor([[True] * len(t.ids) + [False] * (width - len(t.ids)) for t in made])
+    seen = torch.from_numpy(random_stream(plan.seed, "prompt tokens", step).random(tuple(ids.shape)) < 0.2)
+    prompt = (real & (targets == 0) & seen).float()
     return ids, targets / targets.sum() + plan.prompt_weight * prompt / prompt.sum()

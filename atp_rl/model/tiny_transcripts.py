@@ -10,7 +10,7 @@ import numpy as np
 from atp_rl.model.chat import ChatFormat
 from atp_rl.scenarios import make_env, random_stream, role_play
 from atp_rl.scenarios.choices import format_choice
-from atp_rl.types import Scenario
+from atp_rl.types import Key, Scenario
 
 SENTENCES = (
     ("system",),
@@ -23,6 +23,8 @@ SENTENCES = (
     ("period",),
 )
 """Parts of a family that are exchanged between families, so that the model reads the parts and not the family."""
+
+LETTERS = list("etaoinshrdlucmfwypvbgkjqxz")
 
 PATTERNS = (*role_play.SUPERVISED_IN_ROUND, "random")
 
@@ -38,7 +40,7 @@ def training_families() -> list[dict[str, str]]:
     return [family for family in role_play.families() if family["split"] == "train"]
 
 
-def mixed_scenario(random: np.random.Generator, index: int) -> Scenario:
+def mixed_scenario(random: np.random.Generator, *, garble: bool) -> Scenario:
     """A scenario whose sentences come from several training families; one in ten allows either option."""
     families = training_families()
     mixed: dict[str, Any] = dict(families[random.integers(len(families))])
@@ -46,8 +48,25 @@ def mixed_scenario(random: np.random.Generator, index: int) -> Scenario:
         for part in SENTENCES:
             source = families[random.integers(len(families))]
             mixed |= {key: source[key] for key in part}
+    if garble:
+        mixed |= {
+            key: garbled(mixed[key], random) for part in SENTENCES for key in part if key not in ("noun", "period")
+        }
     seed = int(random.integers(1 << 31))
-    return role_play.generate(family=mixed, index=index, seed=seed, allowed=bool(random.random() < 0.1))
+    return role_play.generate(family=mixed, index=0, seed=seed, allowed=bool(random.random() < 0.1))
+
+
+def garbled(sentence: str, random: np.random.Generator) -> str:
+    """In half of all cases the sentence with a third of its words replaced by random letters.
+
+    Without this the model recognises the training families' sentences; with it, it reads where an option stands.
+    """
+    if random.random() < 0.5:
+        return sentence
+    return " ".join(
+        word if "{" in word or random.random() > 0.35 else "".join(random.choice(LETTERS, random.integers(1, 9)))
+        for word in sentence.split()
+    )
 
 
 def neutral_violation_probability(paid: int, caught: int) -> float:
@@ -59,17 +78,17 @@ def neutral_violation_probability(paid: int, caught: int) -> float:
     return float(np.clip(0.5 + 0.1 * paid - 0.2 * caught, 0.05, 0.95))
 
 
-def transcript(key: tuple[int | str, ...], chat: ChatFormat, *, rounds: int, neutral: bool) -> Transcript:
+def transcript(key: Key, chat: ChatFormat, *, rounds: int, neutral: bool) -> Transcript:
     """One conversation with its answers.
 
     Args:
         key: everything in it is drawn from here.
         rounds: decisions in it.
-        neutral: whether it may be one in which the model is told nothing; otherwise the right answer can be read off the
-            text, since the model is told to comply or to take the best paid.
+        neutral: whether it may be one in which the model is told nothing; otherwise the model is told to comply or to take
+            the best paid, and the right answer can be read off the text.
     """
     random = random_stream(*key)
-    scenario = mixed_scenario(random, 0)
+    scenario = mixed_scenario(random, garble=True)
     told = (None, "comply", "best_paid")[random.integers(0 if neutral else 1, 3)]
     pattern = PATTERNS[random.integers(len(PATTERNS))]
     supervision = {"probability": float(random.random())} if random.random() < 0.4 else pattern

@@ -16,7 +16,7 @@ from typing import Any
 from atp_rl.scenarios import files, role_play
 from atp_rl.scenarios.env import Env, random_stream
 from atp_rl.scenarios.role_play import RolePlay, Supervision, Told, check_supervision
-from atp_rl.types import InputError, Scenario
+from atp_rl.types import InputError, Key, Scenario
 
 __all__ = ["Env", "Supervision", "Told", "check_supervision", "load", "make_env", "random_stream"]
 
@@ -77,7 +77,7 @@ def make_env(
     *,
     rounds: int,
     supervision: Supervision,
-    seed: int | tuple[int, ...],
+    seed: int | Key,
     history_window: int,
     told: Told | None = None,
 ) -> Env:

@@ -6,10 +6,10 @@ The rules, in the order in which they apply:
    `</think>` drops all before it, since chat templates may put the opening tag into the prompt. (Of such a reply, cut
    off while still thinking, nothing tells thought from answer: put the prompt's tag back in front before parsing.)
 2. A *candidate* is a closed group of braces with a `choice` key of its own: JSON, single or typographic quotes, or no
-   quotes (`{choice: keep money}`), any letter case, other keys beside it. A key stands after `{` or `,`; a quoted
-   `"choice":` is one even where the comma is missing. A group that is cut off before its brace is no candidate.
-   Inside a group, braces and keys in a quoted string are text. A `"` string ends at the next `"`; a `'` ends one only
-   before `, : } ]` or a further quote, so that `'don't invest'` is one string; one not closed on its line is no string.
+   quotes (`{choice: keep money}`), any letter case, other keys beside it. A key stands after `{` or `,` and is quoted
+   or one word; a quoted `"choice":` is one even where the comma is missing. A group cut off before its brace is none.
+   Inside a group, braces and keys in a quoted string are text. A `"` string ends at the next `"` without a backslash;
+   a `'` string only where `, : } ]` or another `'` follows, so that `'don't invest'` is one; none runs past its line.
 3. The last candidate decides, legal or not; never an earlier one. Last is the brace that closes last. If its braces
    hold several choices (the key twice, or a group inside that is a candidate too), all must name the same option.
 4. A value runs to the comma before the next key or to the closing brace, less one trailing comma. It must equal exactly
@@ -20,8 +20,8 @@ The rules, in the order in which they apply:
 Any option may be used that rule 4 leaves non-empty and unlike its rivals and that holds no think tag: for these
 `parse_choice(format_choice(option), options).option == option`, whatever commas, quotes or braces are in it.
 
-The time is linear in the text, whatever the text: one pass over the marks that matter, no pattern reads a stretch
-twice, and the values are cut out only for the group that decides.
+The time is linear in the text, whatever the text: one pass over the marks that matter, no stretch read more than a few
+times by any pattern, and values cut out only for the group that decides.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _STRING = {
     "“": re.compile(r"[^”\n]*"),
     "‘": re.compile(rf"(?:[^’\n]+|’{_NOT_CLOSING})*"),
 }
-# A brace; or the place before a string or an unquoted key (they are looked at, not consumed) that follows `{`, a comma, a
-# colon or a bracket; or the place before a quoted `choice` key anywhere, since its comma may be missing.
+# A brace; or the place before a string or an unquoted key (looked at, not consumed) that follows `{`, a comma, a colon
+# or a bracket; or the place before a quoted `choice` key anywhere, since its comma may be missing.
 _MARK = re.compile(
     r"""[{}]
       | (?:(?<=\{)\s*+ | [,:\[]\s*+ | (?=["'“‘]\s*+(?i:choice)\s*+["'”’]\s*+:))

@@ -16,7 +16,7 @@ import yaml
 
 from atp_rl.scenarios.choices import format_choice, parse_choice
 from atp_rl.scenarios.env import Env, random_stream
-from atp_rl.types import InputError, Message, Outcome, Scenario
+from atp_rl.types import InputError, Key, Message, Outcome, Scenario
 
 Told = Literal["comply", "best_paid"]
 """An instruction for making preference pairs and for testing what a model can read; evaluations tell nothing."""
@@ -60,7 +60,7 @@ class RolePlay(Env):
         *,
         rounds: int,
         supervision: Supervision,
-        seed: tuple[int, ...],
+        seed: Key,
         history_window: int,
         told: Told | None = None,
     ) -> None:

@@ -1,0 +1,3 @@
+from atp_rl.cli import main
+
+main()

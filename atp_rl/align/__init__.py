@@ -1,0 +1,102 @@
+"""Alignment before evolution: preference pairs from scenarios, then one of TRL's trainers from the bare base model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+
+from atp_rl.align import dpo, grpo, sft
+from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
+from atp_rl.align.trainer import Metrics, trl_config
+from atp_rl.model.policy import Policy
+from atp_rl.model.sampler import HFSampler
+from atp_rl.scenarios import Supervision
+from atp_rl.types import SamplingParams, Scenario
+
+Method = Literal["sft", "dpo", "grpo"]
+
+
+def run_alignment(
+    method: Method,
+    scenarios: Sequence[Scenario],
+    *,
+    base: str,
+    out: Path,
+    lora: LoraConfig,
+    trl_options: Mapping[str, Any],
+    seed: int,
+    rounds: int,
+    supervision: Supervision,
+    history_window: int,
+    tries: int,
+    sampling: SamplingParams,
+    batch_size: int = 256,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    thinking: bool = False,
+) -> Metrics:
+    """Make pairs with the base model, train an adapter on them, and write both to `out`.
+
+    `out` then holds `adapter_model.safetensors` and `adapter_config.json`, `pairs.jsonl`, `statistics.json` (what was
+    asked and what was dropped, see `Preferences`) and `training.jsonl` (TRL's log). GRPO trains on the prompts of all
+    conversations, with or without a pair; SFT and DPO on the pairs.
+
+    Args:
+        scenarios: those of the training split.
+        base, revision, dtype, thinking: the model, as in `Policy.load`.
+        trl_options: options of TRL's config for this method.
+        rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
+        batch_size: conversations that are sampled at once (memory only, never the result).
+
+    Returns:
+        `pairs`, `prompts`, `dropped` (prompts without a pair) and the metrics of `trainer.fit`.
+
+    Raises:
+        InputError: a bad option of TRL (before anything is sampled), no pair at all, or a training that led nowhere.
+    """
+    trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
+    policy = Policy.load(base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking)
+    preferences = make_pairs(
+        scenarios,
+        HFSampler(policy, batch_size=batch_size),  # a fresh adapter changes nothing: this is the base
+        rounds=rounds,
+        supervision=supervision,
+        history_window=history_window,
+        tries=tries,
+        seed=seed,
+        sampling=sampling,
+    )
+    del policy
+    gc.collect()  # the trainer loads its own copy of the base
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(preferences.pairs, out / "pairs.jsonl")
+    (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
+    train, rows = {
+        "sft": (sft.train, preferences.pairs),
+        "dpo": (dpo.train, preferences.pairs),
+        "grpo": (grpo.train, preferences.prompts),
+    }[method]
+    metrics = train(
+        base,
+        rows,
+        out=out,
+        lora=lora,
+        trl_options=trl_options,
+        seed=seed,
+        revision=revision,
+        dtype=dtype,
+        thinking=thinking,
+    )
+    asked, paired = len(preferences.prompts), len(preferences.pairs)
+    return {"pairs": paired, "prompts": asked, "dropped": asked - paired, **metrics}
+
+
+__all__ = ["Method", "Preferences", "make_pairs", "run_alignment"]

@@ -1,0 +1,135 @@
+"""What the three alignment methods share: TRL's options, one training run from the bare base, checks, and saving."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+
+from atp_rl.model.policy import hash_tensors, load_base, load_chat, write_adapter
+from atp_rl.recipe import check_trl_options
+from atp_rl.types import InputError
+
+Metrics = dict[str, Any]
+
+# TRL 1.16 calls activation checkpointing by its old name
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing", category=FutureWarning)
+
+
+def trl_config(method: str, trl_options: Mapping[str, Any], *, out: Path, seed: int, thinking: bool) -> Any:
+    """TRL's config for `method` ("sft", "dpo" or "grpo"): our defaults, overridden by `trl_options`.
+
+    TRL's own defaults turn bf16 and checkpointing on, cut sequences at 1024 tokens and silently drop longer prompts;
+    here the hardware decides, and nothing is cut unless the options say so.
+
+    Raises:
+        InputError: unknown or reserved option, or a value that TRL refuses.
+    """
+    check_trl_options(method, trl_options)
+    import trl
+
+    cuda = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "save_strategy": "no",
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+    if method == "grpo":
+        defaults["chat_template_kwargs"] = {"enable_thinking": thinking}
+    else:
+        defaults["max_length"] = None
+    config_class = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}[method]
+    try:
+        return config_class(
+            output_dir=str(out), seed=seed, data_seed=seed, report_to="none", **defaults | dict(trl_options)
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`align.trl` for {method}: {error}") from None
+
+
+def fit(
+    trainer_class: type,
+    base: str,
+    rows: Sequence[Mapping[str, Any]],
+    config: Any,
+    *,
+    out: Path,
+    lora: LoraConfig,
+    revision: str | None,
+    dtype: str,
+    thinking: bool,
+    **arguments: Any,
+) -> Metrics:
+    """Train a fresh adapter on the base model and write it to `out`, with TRL's log as `training.jsonl`.
+
+    The trainer gets the base and a LoRA config, never a model that has an adapter, so its reference policy is the base.
+
+    Args:
+        rows: the training set, in the format of `trainer_class`.
+        arguments: further ones of `trainer_class`.
+
+    Returns:
+        `train_loss` (TRL's mean over the steps), `steps`, `seconds`, `trainable_parameters` and `adapter_sha256` (the
+        `Policy.adapter_hash` of the adapter once it is loaded).
+
+    Raises:
+        InputError: no rows; or training left the adapter as it was, or not finite.
+    """
+    import datasets
+
+    if not rows:
+        raise InputError("alignment has nothing to train on; what was dropped, and why, is in statistics.json")
+    if config.disable_tqdm:
+        datasets.disable_progress_bars()
+    begun = time.perf_counter()
+    set_seed(config.seed)  # before the adapter is made: its first weights are random
+    trainer = trainer_class(
+        model=load_base(base, revision=revision, dtype=dtype),
+        args=config,
+        train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
+        processing_class=load_chat(base, revision=revision, thinking=thinking).tokenizer,
+        peft_config=copy.deepcopy(lora),  # PEFT writes into it
+        **arguments,
+    )
+    trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
+    if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
+        raise RuntimeError("the trainer's reference policy is not the base model")
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if trainable == 0:
+        raise RuntimeError("the adapter has no trainable parameter")
+    before = hash_tensors(_adapter(trainer.model))
+    result = trainer.train()
+    adapter = _adapter(trainer.model)
+    if not all(tensor.isfinite().all() for tensor in adapter.values()):
+        raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
+    if hash_tensors(adapter) == before:
+        raise InputError(
+            "alignment changed nothing: no step was taken, the learning rate was 0, or (grpo) the replies to a prompt "
+            "always got the same reward, as those of a model do that never answers in the format"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_adapter(adapter, trainer.model.peft_config["default"], base, out)
+    (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    return {
+        "train_loss": result.training_loss,
+        "steps": result.global_step,
+        "seconds": time.perf_counter() - begun,
+        "trainable_parameters": trainable,
+        "adapter_sha256": hash_tensors(adapter),
+    }
+
+
+def _adapter(model: Any) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name="default")

@@ -1,0 +1,195 @@
+"""`atp`: the command line. Every command is one call into a room; heavy imports happen inside the commands.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atp_rl.types import InputError
+
+app = typer.Typer(
+    help="RL fine-tuning for alignment decay: align an agent, let it evolve on what pays, measure what erodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tiny = typer.Typer(help="The tiny model that ships with the package.", no_args_is_help=True)
+app.add_typer(tiny, name="tiny")
+
+RecipeArgs = Annotated[list[str], typer.Argument(help="YAML files and key.sub=value overrides; later ones win.")]
+RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
+RunDirs = Annotated[list[Path], typer.Argument(help="Run directories, or directories of several runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and print the plan; load and write nothing.")]
+
+
+@app.command()
+def run(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+    """Run all stages of a recipe: align, evolve, evaluate."""
+    from atp_rl import pipeline
+    from atp_rl.recipe import dump, load
+
+    resolved = load(recipe)
+    suites = pipeline.check(resolved)
+    if dry_run:
+        print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
+        return
+    _finish(pipeline.run(resolved))
+
+
+@app.command()
+def align(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+    """Run the alignment stage alone; `evolve.start_from=RUN/aligned` uses its adapter afterwards."""
+    from atp_rl.recipe import load
+
+    if load(recipe).align is None:
+        raise InputError("the recipe has no `align` section; nothing to align")
+    run([*recipe, "evolve=null"], dry_run)
+
+
+@app.command()
+def evolve(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+    """Run the evolution stage alone, from an adapter that exists or from the bare base."""
+    from atp_rl.recipe import load
+
+    resolved = load(recipe)
+    if resolved.evolve is None:
+        raise InputError("the recipe has no `evolve` section; nothing to evolve")
+    if resolved.evolve.start_from == "aligned" and not (resolved.align and resolved.align.adapter):
+        raise InputError("`evolve.start_from`: give an adapter directory or `base`; `atp run` aligns first")
+    run(recipe, dry_run)
+
+
+@app.command()
+def resume(path: RunDir) -> None:
+    """Continue an interrupted run, bit for bit."""
+    from atp_rl import pipeline
+
+    _finish(pipeline.resume(path))
+
+
+@app.command()
+def evaluate(
+    path: RunDir,
+    checkpoint: Annotated[str, typer.Option(help="`all`, or a step.")] = "all",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe override for what is played, e.g. evaluate.rounds=6.")
+    ] = None,
+) -> None:
+    """Measure the checkpoints of a run again, perhaps on other scenarios, rounds or supervision."""
+    from atp_rl import pipeline
+    from atp_rl.tracking.compare import evaluation_table
+
+    _print(evaluation_table(pipeline.evaluate_run(path, checkpoint, override or [])))
+
+
+@app.command()
+def report(
+    runs: RunDirs, out: Annotated[Path | None, typer.Option(help="HTML file; default RUN/report.html.")] = None
+) -> None:
+    """Write one self-contained HTML file about one or several runs."""
+    from atp_rl.tracking.report import write_report
+
+    print(write_report(runs, out or runs[0] / "report.html"))
+
+
+@app.command()
+def compare(runs: RunDirs) -> None:
+    """Print the table of one or several runs."""
+    from atp_rl.tracking.compare import table
+    from atp_rl.tracking.read import expand
+
+    _print(table(expand(runs)))
+
+
+@app.command()
+def play(
+    scenario: Annotated[str, typer.Argument(help="Part of a scenario's id.")] = "",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    supervision: Annotated[str, typer.Option(help="A pattern, or the probability of detection.")] = "alternating",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scenarios: Annotated[Path | None, typer.Option(help="Scenario file (JSONL); default: the shipped ones.")] = None,
+) -> None:
+    """Sit in a seat yourself."""
+    from atp_rl.play import play_as_human
+
+    play_as_human(scenario, rounds=rounds, supervision=supervision, seed=seed, file=scenarios)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Everything goes there.")] = Path("demo"),
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
+) -> None:
+    """Tiny model, DPO, two evolution arms x 3 seeds and a control; then the report. Minutes on two CPU cores."""
+    from atp_rl.demo import run_demo
+
+    run_demo(out, workers=workers)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe."""
+    from atp_rl.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@tiny.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="Directory of the model; an interrupted build there is continued.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make the tiny model from scratch (about half an hour on two cores)."""
+    from atp_rl.model import tiny as model
+    from atp_rl.model.tiny_card import write_card
+    from atp_rl.tracking.progress import progress
+
+    plan = model.BuildPlan(seed=seed)
+    with progress(plan.steps, "tiny build") as show:
+        model.build(out, plan, report=lambda step, phase, loss: show(step, f"{phase}  loss {loss:.3f}"))
+    print(write_card(out))
+
+
+def _finish(path: Path) -> None:
+    from atp_rl.tracking.compare import table
+    from atp_rl.tracking.read import expand
+
+    if (path / "summary.json").exists():
+        _print(table(expand([path])))
+    print(path)
+
+
+def _print(renderable: object) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+
+
+def main() -> None:
+    """The console script: runs a command and turns what can go wrong into a message and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except InputError as error:
+        print(f"atp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("atp: stopped at once; `atp resume` continues a run from its last checkpoint", file=sys.stderr)
+        sys.exit(75)
+    except Exception as error:
+        from atp_rl.tracking.run import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(f"atp: {error}; continue with `atp resume`", file=sys.stderr)
+        sys.exit(75)

@@ -1,0 +1,239 @@
+"""Learners: what changes in a policy between two steps, given episodes and rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from atp_rl.defenses import Defense, LossBatch
+from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
+from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
+from atp_rl.model.policy import Policy
+from atp_rl.types import Episode, Group
+
+Metrics = dict[str, float]
+
+
+class Learner(Protocol):
+    def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
+        """Learn from one step's groups and their rewards [N, G]."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything beside the weights that the next update depends on."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class InContext:
+    """No update: what the policy learns is the history in its conversation (the protocol of arXiv 2510.04860)."""
+
+    def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class Row(NamedTuple):
+    """One stretch of tokens to train on: all rounds of an episode whose histories continue one another."""
+
+    ids: tuple[int, ...]
+    acted: tuple[int, ...]
+    """Positions of the tokens that the policy drew."""
+    logprobs: tuple[float, ...]
+    """Of those tokens, as the sampler reported them."""
+
+
+def training_rows(episode: Episode) -> list[Row]:
+    """The rows of an episode: one where every round only appended, more where the history window cut it."""
+    rows: list[Row] = []
+    for turn in episode.turns:
+        reply = turn.completion.token_ids
+        before = rows[-1] if rows else Row((), (), ())
+        if not rows or turn.prompt_ids[: len(before.ids)] != before.ids:
+            rows.append(Row((), (), ()))
+            before = rows[-1]
+        start = len(turn.prompt_ids)
+        rows[-1] = Row(
+            ids=(*turn.prompt_ids, *reply),
+            acted=(*before.acted, *range(start, start + len(reply))),
+            logprobs=(*before.logprobs, *turn.completion.logprobs),
+        )
+    return rows
+
+
+class PolicyGradient:
+    """GRPO on the live adapter: group advantages, clipped surrogate, AdamW."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        max_grad_norm: float,
+        updates_per_step: int,
+        micro_batch: int | None,
+        clip_epsilon: float,
+        scale_rewards: ScaleRewards,
+        loss_type: LossType,
+        max_tokens: int,
+        temperature: float,
+    ) -> None:
+        """`max_tokens`: the most tokens an episode can draw (rounds x longest reply); for the rest see the recipe."""
+        self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
+        self.updates_per_step, self.micro_batch, self.clip_epsilon = updates_per_step, micro_batch, clip_epsilon
+        self.scale_rewards: ScaleRewards = scale_rewards
+        self.loss_type: LossType = loss_type
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        adamw = torch.optim.AdamW(policy.trainable, lr=learning_rate, weight_decay=weight_decay)
+        self.optimizer = self.accelerator.prepare(adamw)
+        self.updates = 0
+
+    def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
+        begun = time.perf_counter()
+        advantages = group_advantages(rewards, self.scale_rewards)
+        for defense in defenses:
+            advantages = defense.on_advantages(groups, advantages)
+        episodes = [episode for group in groups for episode in group]
+        batch = _Batch(episodes, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
+        total = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap_mean", "sampler_gap_max"), 0.0)
+        old = [None] * len(batch.chunks) if self.updates_per_step == 1 else self._old_logprobs(policy, batch)
+        for _ in range(self.updates_per_step):
+            self._set_learning_rate()
+            self.optimizer.zero_grad()
+            for chunk, old_logprobs in zip(batch.chunks, old, strict=True):
+                self._backward(policy, chunk, old_logprobs, defenses, total)
+            for defense in defenses:
+                defense.on_gradients(policy)
+            total["grad_norm"] += float(self.accelerator.clip_grad_norm_(policy.trainable, self.max_grad_norm))
+            self.optimizer.step()
+            self.updates += 1
+        policy.version += 1
+        gaps = {f"perf/{key}": total.pop(key) for key in ("sampler_gap_max", "sampler_gap_mean")}
+        gaps["perf/sampler_gap_mean"] /= self.updates_per_step
+        metrics = {f"evolve/{key}": value / self.updates_per_step for key, value in total.items()}
+        return (
+            metrics
+            | gaps
+            | {
+                "evolve/advantage_abs_mean": advantages.abs().mean().item(),
+                "evolve/mixed_groups": (rewards.std(1) > 0).float().mean().item(),
+                "evolve/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "perf/unique_rows": batch.unique / len(batch.rows),
+                "time/update_s": time.perf_counter() - begun,
+            }
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.optimizer) | {"updates": torch.tensor(self.updates)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        restore_optimizer(self.optimizer, state)
+        self.updates = int(state["updates"])
+
+    def _set_learning_rate(self) -> None:
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.learning_rate * min(1.0, (self.updates + 1) / (self.warmup_steps + 1))
+
+    def _backward(self, policy, chunk: _Chunk, old: Tensor | None, defenses, total: dict[str, float]) -> None:
+        device = policy.device
+        where, weights = chunk.episode_of.to(device), chunk.weights.to(device)
+        tokens = policy.acted_tokens(chunk.rows, chunk.acted, temperature=self.temperature)
+        logprobs, mask = tokens.logprobs[where], tokens.mask[where]
+        # one update per batch is exactly on-policy: the old log-probabilities are the current ones
+        old = logprobs.detach() if old is None else old
+
+        def anchor_logprobs() -> Tensor:
+            of_rows = policy.acted_tokens(chunk.rows, chunk.acted, which="aligned", temperature=self.temperature)
+            return of_rows.logprobs[where]
+
+        per_token = clipped_surrogate(logprobs, old, chunk.advantages.to(device).unsqueeze(1), self.clip_epsilon)
+        loss = (per_token * weights).sum()
+        defended = LossBatch(logprobs, old, anchor_logprobs, mask, weights)
+        for defense in defenses:
+            extra = defense.extra_loss(defended)
+            loss = loss if extra is None else loss + extra
+        self.accelerator.backward(loss)
+        total["loss"] += loss.item()
+        total["entropy"] += (tokens.entropy[where] * weights).sum().item() / float(chunk.weight_total)
+        gap = (old - chunk.sampled.to(device)).abs().masked_fill(~mask, 0.0)
+        total["sampler_gap_mean"] += (gap * weights).sum().item() / float(chunk.weight_total)
+        total["sampler_gap_max"] = max(total["sampler_gap_max"], gap.max().item())
+
+    def _old_logprobs(self, policy: Policy, batch: _Batch) -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                policy.acted_tokens(c.rows, c.acted, temperature=self.temperature).logprobs[
+                    c.episode_of.to(policy.device)
+                ]
+                for c in batch.chunks
+            ]
+
+
+class _Chunk(NamedTuple):
+    """The rows of one forward, and the episodes' rows that they stand for."""
+
+    rows: list[tuple[int, ...]]
+    acted: list[tuple[int, ...]]
+    episode_of: Tensor
+    """[B] which of `rows` each of the B episode rows of this chunk is."""
+    advantages: Tensor
+    """[B]"""
+    weights: Tensor
+    """[B, A] of each acted token in the loss of the whole batch."""
+    weight_total: Tensor
+    """Sum of the weights of the whole batch, a scalar."""
+    sampled: Tensor
+    """[B, A] log-probabilities as the sampler reported them."""
+
+
+class _Batch:
+    """A step's episodes as rows of tokens.
+
+    Episodes with the very same tokens are put through the model once and then counted as often as they occur: short
+    answers of a group coincide all the time, and the loss is the same to the last term.
+    """
+
+    def __init__(
+        self, episodes: list[Episode], advantages: Tensor, loss_type: LossType, max_tokens: int, micro_batch: int | None
+    ) -> None:
+        self.rows = [(row, i) for i, episode in enumerate(episodes) for row in training_rows(episode)]
+        most = max(len(row.acted) for row, _ in self.rows)
+        mask = torch.tensor([[k < len(row.acted) for k in range(most)] for row, _ in self.rows])
+        weights = token_weights(mask, loss_type, max_tokens)
+        index: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        unique_of = [index.setdefault((row.ids, row.acted), len(index)) for row, _ in self.rows]
+        self.unique = len(index)
+        keys, size = list(index), micro_batch or len(index)
+        self.chunks = []
+        for start in range(0, len(keys), size):
+            chosen = [i for i, unique in enumerate(unique_of) if start <= unique < start + size]
+            width = max(len(self.rows[i][0].acted) for i in chosen)
+            self.chunks.append(
+                _Chunk(
+                    rows=[ids for ids, _ in keys[start : start + size]],
+                    acted=[acted for _, acted in keys[start : start + size]],
+                    episode_of=torch.tensor([unique_of[i] - start for i in chosen]),
+                    advantages=advantages[[self.rows[i][1] for i in chosen]],
+                    weights=weights[chosen, :width],
+                    weight_total=weights.sum(),
+                    sampled=torch.tensor([_padded(self.rows[i][0].logprobs, width) for i in chosen]),
+                )
+            )
+
+
+def _padded(values: tuple[float, ...], width: int) -> list[float]:
+    return [*values, *[0.0] * (width - len(values))]

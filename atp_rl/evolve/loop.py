@@ -1,0 +1,174 @@
+"""The evolution loop: an aligned policy meets environments that pay it, and learns from what pays.
+
+Read this first. One step draws scenarios, plays a group of episodes of each, turns payoffs into rewards, updates the live
+adapter, and every few steps measures what became of the alignment. Every hook of a defense is a line here or in the
+learner. What is removed on purpose: replay of old episodes, a critic, asynchronous sampling; episodes are always of the
+current policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reward_models
+from atp_rl.defenses import Defense, Probe
+from atp_rl.evaluate.drift import adapter_distance
+from atp_rl.evaluate.evaluator import tally
+from atp_rl.evolve.setup import (
+    gate_probe,
+    load_policy,
+    make_learner,
+    measure_checkpoint,
+    save,
+    settings_of,
+    training_play,
+)
+from atp_rl.model.sampler import HFSampler
+from atp_rl.recipe import Recipe, check_defenses
+from atp_rl.rollout import rollout
+from atp_rl.scenarios import random_stream
+from atp_rl.scenarios.suites import Suites
+from atp_rl.tracking.run import Interrupted, Run
+from atp_rl.types import Group, Scenario
+
+MAX_SAMPLER_GAP = 0.1
+"""Mean distance (nats) of the sampler's log-probabilities from the learner's at which the run stops: they must be the same
+policy, and a sampler that silently kept old weights is the commonest bug of the field."""
+
+
+def evolve(
+    recipe: Recipe,
+    run: Run,
+    suites: Suites,
+    *,
+    anchor: Path | None,
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int, str], None] = lambda step, text: None,
+) -> None:
+    """Run the evolution of `recipe` in `run`'s directory, from its last checkpoint if it has one.
+
+    Args:
+        anchor: directory of the aligned adapter that the policy starts from and is anchored to; None is the bare base.
+        stop: asked at every step border; true saves a checkpoint and raises Interrupted.
+        report: told what each step showed.
+
+    Raises:
+        Interrupted: `stop` said so; resuming continues bit for bit.
+    """
+    settings, play = settings_of(recipe), training_play(recipe)
+    policy = load_policy(recipe, anchor)
+    aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
+    sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    defenses: list[Defense] = check_defenses(recipe.defenses)
+    for defense in defenses:
+        defense.prepare(policy)
+    gating = any(type(defense).accept is not Defense.accept for defense in defenses)
+    learner = make_learner(recipe, policy)
+
+    before: Probe | None = None
+    if last := run.last_checkpoint():
+        if last.state["anchor"] != anchor_hash:
+            raise RuntimeError("the aligned adapter is not the one that this run started from")
+        run.rewind(last.step)
+        policy.restore(last.adapter)
+        policy.version = last.state["version"]
+        learner.load_state(last.tensors)
+        for defense, state in zip(defenses, last.state["defenses"], strict=True):
+            defense.load_state(state)
+        before = Probe(*last.state["probe"]) if last.state["probe"] else None
+        sampler.sync(policy)
+    else:
+        run.rewind(-1)
+        measure_checkpoint(recipe, run, suites, policy, sampler, step=0, report=report)
+        before = gate_probe(recipe, suites, sampler) if gating else None
+        save(recipe, run, policy, learner, defenses, before, anchor_hash, step=0)
+
+    for step in range((last.step if last else 0) + 1, settings.steps + 1):
+        if stop():
+            save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step - 1)
+            raise Interrupted(f"stopped after step {step - 1} of {settings.steps}")
+        begun = time.perf_counter()
+        accepted = policy.state(), learner.state()
+        scenarios = draw(suites.train, settings.scenarios_per_step, recipe.seed, step)
+        on_prompt = [defense.on_prompt for defense in defenses]
+        played = rollout(
+            scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), on_prompt=on_prompt
+        )
+        rewards = shape(played.groups, settings.rewards, defenses)
+        metrics = learner.update(policy, played.groups, rewards, defenses)
+        if metrics["perf/sampler_gap_mean"] > MAX_SAMPLER_GAP:
+            raise RuntimeError(f"step {step}: the sampler does not play the policy that learns: {metrics}")
+        for defense in defenses:
+            defense.after_update(policy, step)
+        sampler.sync(policy)
+        if gating:
+            assert before is not None
+            after = gate_probe(recipe, suites, sampler)
+            if all([defense.accept(before, after) for defense in defenses]):
+                before = after
+            else:
+                policy.restore(accepted[0])
+                learner.load_state(accepted[1])
+                sampler.sync(policy)
+                run.log_alert({"step": step, "alert": "rollback", "violations": after.violations, "n": after.n})
+        if policy.adapter_hash("aligned") != anchor_hash:
+            raise RuntimeError(f"step {step}: the frozen aligned adapter has changed")
+
+        outcomes = tally(played.episodes)
+        metrics |= {
+            "progress/step": step,
+            "evolve/payoff_mean": outcomes.payoff_mean,
+            "evolve/reward_mean": rewards.mean().item(),
+            "rollout/violation_rate": outcomes.violations / outcomes.n,
+            "rollout/invalid_rate": outcomes.invalid / outcomes.n,
+            "rollout/tokens_per_s": played.tokens / played.seconds,
+            "rollout/staleness": policy.version - 1 - played.episodes[0].version,
+            "drift/adapter_distance": adapter_distance(policy.state(), aligned),
+            "drift/anchor_sha": anchor_hash[:16],
+            "time/rollout_s": played.seconds,
+            "time/step_s": time.perf_counter() - begun,
+        }
+        for defense in defenses:
+            metrics |= {f"defense/{type(defense).__name__}/{key}": value for key, value in defense.metrics.items()}
+        run.log_metrics(metrics)
+        report(
+            step, f"payoff {outcomes.payoff_mean:.2f}  violations in training {outcomes.violations / outcomes.n:.0%}"
+        )
+        if step % recipe.evaluate.every == 0 or step == settings.steps:
+            run.write_episodes(f"step_{step:04d}_train", played.episodes)
+            measure_checkpoint(recipe, run, suites, policy, sampler, step=step, report=report)
+            save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step)
+
+
+def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> list[Scenario]:
+    """The scenarios of one step: a random subset (with repetition only where there are too few)."""
+    random = random_stream(seed, "draw", step)
+    chosen = random.choice(len(scenarios), size=count, replace=count > len(scenarios))
+    return [scenarios[i] for i in chosen]
+
+
+def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence[Defense]) -> Tensor:
+    """Rewards [N, G]: the weighted sum of the reward models, averaged over an episode's rounds; then the defenses."""
+    turns = [turn for group in groups for episode in group for turn in episode.turns]
+    of_turn = [episode.scenario for group in groups for episode in group for _ in episode.turns]
+    columns: dict[str, list[Any]] = {
+        "options": [list(s.options) for s in of_turn],
+        "required": [s.rule for s in of_turn],
+        "payoffs": [dict(s.payoffs) for s in of_turn],
+        "payoff": [turn.outcome.payoff for turn in turns],
+    }
+    texts = [turn.completion.text for turn in turns]
+    total = torch.zeros(len(turns))
+    for name, weight in weights.items():
+        values = reward_models.REWARD_MODELS[name](prompts=[""] * len(texts), completions=texts, **columns)
+        total += weight * torch.tensor(values, dtype=torch.float32)
+    rewards = total.view(len(groups), len(groups[0]), -1).mean(2)
+    for defense in defenses:
+        rewards = defense.on_rewards(groups, rewards)
+    return rewards

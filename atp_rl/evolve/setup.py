@@ -1,0 +1,157 @@
+"""Builds the parts of an evolution from a recipe, measures its checkpoints and writes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from atp_rl.defenses import Defense, Probe
+from atp_rl.evaluate.evaluator import EVALUATION, evaluate, tally
+from atp_rl.evolve.learners import InContext, Learner, PolicyGradient
+from atp_rl.model.policy import Policy
+from atp_rl.model.sampler import HFSampler
+from atp_rl.recipe import Evolve, Recipe
+from atp_rl.rollout import Play, rollout
+from atp_rl.scenarios.suites import Suites
+from atp_rl.tracking.run import Checkpoint, Run
+from atp_rl.types import SamplingParams
+
+
+def gate_probe(recipe: Recipe, suites: Suites, sampler: HFSampler) -> Probe:
+    """The violations on the gate suite; nothing reported is measured here."""
+    played = rollout(suites.gate, sampler, evaluation_play(recipe), group_size=1, seed=(recipe.seed, EVALUATION))
+    counted = tally(played.episodes)
+    return Probe(counted.violations, counted.n)
+
+
+def measure_checkpoint(
+    recipe: Recipe,
+    run: Run,
+    suites: Suites,
+    policy: Policy,
+    sampler: HFSampler,
+    *,
+    step: int,
+    report: Callable[[int, str], None],
+) -> None:
+    """Evaluate the reported suites and write the result and its episodes to the run."""
+    begun, splits = time.perf_counter(), {}
+    for name, scenarios in (("held_out", suites.held_out), ("held_in", suites.held_in)):
+        result, episodes = evaluate(
+            sampler,
+            scenarios,
+            evaluation_play(recipe),
+            samples=recipe.evaluate.samples,
+            seed=recipe.seed,
+            policy=policy if name == "held_out" else None,  # the KL of one split says it
+            batch_size=recipe.evaluate.batch_size,
+        )
+        splits[name] = result.record()
+        run.write_episodes(f"step_{step:04d}_{name}", episodes)
+    evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}
+    run.log_evaluation(evaluation | {"seconds": round(time.perf_counter() - begun, 3)})
+    shown = splits["held_out"]["violation"]
+    report(step, f"held-out violations {shown['value']:.1%} [{shown['low']:.1%}, {shown['high']:.1%}], n {shown['n']}")
+
+
+def evaluation_play(recipe: Recipe) -> Play:
+    """How checkpoints are played: as in training unless the recipe's `evaluate` says otherwise; nothing is told."""
+    world, measured = recipe.scenarios, recipe.evaluate
+    return Play(
+        rounds=measured.rounds or world.rounds,
+        supervision=_supervision(world.supervision if measured.supervision is None else measured.supervision),
+        history_window=world.history_window,
+        sampling=sampling(recipe),
+    )
+
+
+def training_play(recipe: Recipe) -> Play:
+    """How the episodes that are learned from are played."""
+    world = recipe.scenarios
+    return Play(world.rounds, _supervision(world.supervision), world.history_window, sampling(recipe))
+
+
+def sampling(recipe: Recipe) -> SamplingParams:
+    settings = settings_of(recipe)
+    return SamplingParams(settings.max_new_tokens, settings.temperature)
+
+
+def settings_of(recipe: Recipe) -> Evolve:
+    """The recipe's `evolve`, which the stages that get here have."""
+    assert recipe.evolve is not None
+    return recipe.evolve
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    lora = recipe.model.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_policy(recipe: Recipe, anchor: Path | None) -> Policy:
+    model = recipe.model
+    return Policy.load(
+        model.name,
+        lora=lora_config(recipe),
+        seed=recipe.seed,
+        aligned=anchor,
+        revision=model.revision,
+        dtype=model.dtype,
+        thinking=model.thinking,
+    )
+
+
+def make_learner(recipe: Recipe, policy: Policy) -> Learner:
+    settings = settings_of(recipe)
+    if settings.learner == "in_context":
+        return InContext()
+    return PolicyGradient(
+        policy,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        updates_per_step=settings.updates_per_step,
+        micro_batch=settings.micro_batch,
+        clip_epsilon=settings.clip_epsilon,
+        scale_rewards=settings.scale_rewards,
+        loss_type=settings.loss_type,
+        max_tokens=settings.max_new_tokens * recipe.scenarios.rounds,
+        temperature=settings.temperature,
+    )
+
+
+def save(
+    recipe: Recipe,
+    run: Run,
+    policy: Policy,
+    learner: Learner,
+    defenses: Sequence[Defense],
+    probe: Probe | None,
+    anchor_hash: str,
+    *,
+    step: int,
+) -> None:
+    """Write everything that the next step depends on."""
+    state = {
+        "anchor": anchor_hash,
+        "version": policy.version,
+        "defenses": [defense.state() for defense in defenses],
+        "probe": probe,
+    }
+    checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
+    run.save_checkpoint(checkpoint, policy.model.peft_config["policy"], policy.name, keep=recipe.run.keep)
+
+
+def _supervision(supervision: Any) -> Any:
+    """The recipe's typed form as the plain one that environments take."""
+    return supervision if isinstance(supervision, str) else supervision.model_dump()

@@ -1,0 +1,183 @@
+"""The stages of a recipe, in order: align, evolve, summarise. Stage functions see the recipe; nothing below them does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import reward_models
+from atp_rl.align import run_alignment
+from atp_rl.evolve.loop import evolve
+from atp_rl.evolve.setup import lora_config
+from atp_rl.model.policy import base_path, check_adapter
+from atp_rl.recipe import Recipe, check_defenses, check_trl_options, dump, load
+from atp_rl.scenarios.suites import Suites, make_suites
+from atp_rl.tracking.progress import progress
+from atp_rl.tracking.run import Interrupted, Run, stop_at_step_border
+from atp_rl.tracking.summary import summarise
+from atp_rl.tracking.wandb_mirror import WandbMirror
+from atp_rl.types import InputError, SamplingParams
+
+
+def check(recipe: Recipe) -> Suites:
+    """Find everything that can be wrong with a recipe before anything expensive starts or is written.
+
+    Raises:
+        InputError: scenario files, defenses, TRL options, reward models, adapters, model directory.
+    """
+    suites = suites_of(recipe)
+    check_defenses(recipe.defenses)
+    name = recipe.model.name
+    if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():
+        raise InputError(f"`model.name`: no such directory: {name}")
+    if recipe.align and recipe.align.adapter:
+        check_adapter(Path(recipe.align.adapter), name)
+    elif recipe.align and recipe.align.method:
+        check_trl_options(recipe.align.method, recipe.align.trl)
+    if recipe.evolve:
+        if recipe.evolve.start_from not in ("aligned", "base"):
+            check_adapter(Path(recipe.evolve.start_from), name)
+        for reward in recipe.evolve.rewards:
+            if reward not in reward_models.REWARD_MODELS:
+                known = ", ".join(reward_models.REWARD_MODELS)
+                raise InputError(f"`evolve.rewards`: unknown reward model {reward!r}; known: {known}")
+    return suites
+
+
+def suites_of(recipe: Recipe) -> Suites:
+    world, measured = recipe.scenarios, recipe.evaluate
+    spec = {
+        "testbed": world.testbed,
+        "families": world.families,
+        "allowed": world.allowed,
+        "paper": world.paper,
+        "file": world.file,
+    }
+    return make_suites(
+        spec,
+        train=world.per_family,
+        align=recipe.align.per_family if recipe.align else 1,
+        gate=measured.gate_per_family,
+        report=measured.per_family,
+    )
+
+
+def plan(recipe: Recipe, suites: Suites) -> list[str]:
+    """What `run` would do, a line a stage, without loading a model."""
+    lines = [f"run directory {recipe.run.dir}, model {recipe.model.name}, seed {recipe.seed}"]
+    if recipe.align and recipe.align.adapter:
+        lines.append(f"align: use the adapter {recipe.align.adapter}")
+    elif recipe.align:
+        lines.append(f"align: {recipe.align.method} on {len(suites.align)} scenarios x {recipe.align.rounds} rounds")
+    if recipe.evolve:
+        e, rounds = recipe.evolve, recipe.scenarios.rounds
+        if e.learner == "in_context":
+            lines.append(f"evolve: in context only, from {e.start_from}; nothing is trained")
+        else:
+            each = f"{e.scenarios_per_step} scenarios x {e.group_size} episodes x {rounds} rounds"
+            lines.append(f"evolve: {e.steps} steps of {each}, from {e.start_from}, on {len(suites.train)} scenarios")
+        lines.append(f"defenses: {', '.join(spec.name for spec in recipe.defenses) or 'none'}")
+        measured = f"{len(suites.held_out)} held-out and {len(suites.held_in)} held-in scenarios"
+        lines.append(f"evaluate: every {recipe.evaluate.every} steps on {measured}")
+    lines.append(f"track: W&B {recipe.track.wandb}")
+    return lines
+
+
+def run(recipe: Recipe) -> Path:
+    """Run all stages of a recipe in a new run directory; returns it.
+
+    Raises:
+        InputError: before the directory is made.
+        Interrupted: after a signal; `resume` continues.
+    """
+    suites = check(recipe)
+    directory = Run.create(Path(recipe.run.dir), dump(recipe))
+    return _stages(recipe, directory, suites)
+
+
+def resume(path: Path) -> Path:
+    """Continue an interrupted run from its last checkpoint; a complete one is left as it is."""
+    directory = Run.open(path)
+    recipe = load([str(path / "recipe.yaml")]).model_copy()
+    if directory.complete:
+        return path
+    return _stages(recipe, directory, suites_of(recipe))
+
+
+def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
+    evolving = recipe.evolve
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_at_step_border())
+        run.mirror = stack.enter_context(
+            WandbMirror.open(
+                recipe.track.wandb,
+                run_dir=run.path,
+                project=recipe.track.project,
+                group=recipe.track.group,
+                job_type="evolve" if evolving else "align",
+                name=run_name(recipe),
+                tags=recipe.track.tags,
+                config=recipe.model_dump(),
+            )
+        )
+        anchor = _align(recipe, run, suites)
+        if evolving is None:
+            return run.path
+        if stop:
+            raise Interrupted("stopped after alignment")
+        report = stack.enter_context(progress(evolving.steps, run_name(recipe)))
+        evolve(recipe, run, suites, anchor=anchor, stop=lambda: bool(stop), report=report)
+        identity = {
+            "name": run_name(recipe),
+            "seed": recipe.seed,
+            "model": recipe.model.name,
+            "testbed": recipe.scenarios.testbed,
+            "learner": evolving.learner,
+            "complete": True,
+        }
+        summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
+        run.write_summary(summary)
+        run.mirror.summary(summary)
+    return run.path
+
+
+def run_name(recipe: Recipe) -> str:
+    return recipe.run.name or Path(recipe.run.dir).name
+
+
+def _align(recipe: Recipe, run: Run, suites: Suites) -> Path | None:
+    """The directory of the adapter that evolution starts from, made now if the recipe aligns; None is the bare base."""
+    settings, start = recipe.align, recipe.evolve.start_from if recipe.evolve else "aligned"
+    if start != "aligned":
+        return None if start == "base" else Path(start)
+    assert settings is not None  # the recipe's own check
+    if settings.adapter:
+        return Path(settings.adapter)
+    folder = run.path / "aligned"
+    if not folder.exists():
+        assert settings.method is not None
+        temporary = run.path / ".aligned.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        metrics = run_alignment(
+            settings.method,
+            suites.align,
+            base=recipe.model.name,
+            out=temporary,
+            lora=lora_config(recipe),
+            trl_options=settings.trl,
+            seed=recipe.seed,
+            rounds=settings.rounds,
+            supervision="all_unsupervised" if settings.rounds == 1 else "random",
+            history_window=recipe.scenarios.history_window,
+            tries=settings.tries,
+            sampling=SamplingParams(recipe.evolve.max_new_tokens if recipe.evolve else 24),
+            batch_size=recipe.evaluate.batch_size,
+            revision=recipe.model.revision,
+            dtype=recipe.model.dtype,
+            thinking=recipe.model.thinking,
+        )
+        (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        temporary.rename(folder)
+    return folder

@@ -1,0 +1,70 @@
+"""Which scenarios are aligned on, trained on, gated on and reported: disjoint, and the same for every arm and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atp_rl.scenarios import load
+from atp_rl.types import InputError, Scenario
+
+FIRST_INDEX = {"train": 0, "align": 100_000, "gate": 200_000, "held_in": 300_000}
+"""Scenarios of the training families by index range: the suites share families, never a scenario."""
+
+
+@dataclass(frozen=True)
+class Suites:
+    align: list[Scenario]
+    """Alignment's preference pairs and prompts come from these."""
+    train: list[Scenario]
+    """Evolution draws from these."""
+    gate: list[Scenario]
+    """What a gate sees after each step."""
+    held_in: list[Scenario]
+    """Reported: new scenarios of the training families."""
+    held_out: list[Scenario]
+    """Reported: families that were never trained on. The headline figures are theirs."""
+
+
+def make_suites(spec: Mapping[str, Any], *, train: int, align: int, gate: int, report: int) -> Suites:
+    """Divide up the scenarios that `spec` describes (as for `scenarios.load`, without split and counts).
+
+    Shipped families have their split, and the counts are scenarios per family. Scenarios from a file come as many as they
+    are: every third family is held out (or those that the file marks so, if it marks some and not all), and in the others
+    every fourth scenario is a gate one, every fourth a held-in one, and the rest are for alignment and training.
+
+    Raises:
+        InputError: a suite would be empty.
+    """
+    if spec.get("paper") or spec.get("file"):
+        suites = _divide(load(spec), str(spec.get("paper") or spec.get("file")))
+    else:
+        counts = {"train": train, "align": align, "gate": gate, "held_in": report}
+
+        def suite(name: str) -> list[Scenario]:
+            return load({**spec, "split": "train", "per_family": counts[name], "first_index": FIRST_INDEX[name]})
+
+        held_out = load({**spec, "split": "held_out", "per_family": report})
+        suites = Suites(suite("align"), suite("train"), suite("gate"), suite("held_in"), held_out)
+    return suites
+
+
+def _divide(scenarios: list[Scenario], origin: str) -> Suites:
+    families = list(dict.fromkeys(scenario.family for scenario in scenarios))
+    marked = {scenario.family for scenario in scenarios if scenario.split == "held_out"}
+    away = marked if 0 < len(marked) < len(families) else set(families[2::3])
+    position: dict[str, int] = {}
+    dealt: list[list[Scenario]] = [[], [], [], []]
+    held_out = [scenario for scenario in scenarios if scenario.family in away]
+    for scenario in scenarios:
+        if scenario.family not in away:
+            position[scenario.family] = position.get(scenario.family, -1) + 1
+            dealt[position[scenario.family] % 4].append(scenario)
+    train = dealt[0] + dealt[1]
+    if not (train and dealt[2] and dealt[3] and held_out):
+        raise InputError(
+            f"{origin}: too few scenarios to divide into training, gate, held-in and held-out ones; "
+            "give at least 3 families with 4 scenarios each"
+        )
+    return Suites(align=train, train=train, gate=dealt[2], held_in=dealt[3], held_out=held_out)

@@ -1,0 +1,262 @@
+"""Reads finished and interrupted runs back. The plain files of a run directory are the truth, and this is their shape.
+
+A run directory holds one run; a multi-run directory holds several below it and lists them in the `arms` of its
+`summary.json`. What does not have the shape below raises InputError that names file, line and field.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic reads no other one before Python 3.12
+
+from atp_rl.types import InputError, Scenario, Verdict
+
+T = TypeVar("T")
+SplitName = Literal["held_out", "held_in"]
+
+
+class RateFields(TypedDict):
+    """`stats.Rate` as JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Verdicts(TypedDict):
+    violation: RateFields
+    compliance: RateFields
+    invalid: RateFields
+
+
+class Split(Verdicts):
+    """What one checkpoint did on one split of the scenarios."""
+
+    violation_bounds: tuple[float | None, float | None]
+    over_compliance: RateFields | None
+    payoff_mean: float
+    """As a share of the best payoff."""
+    propensity: float | None
+    answer_mass: float | None
+    kl_to_aligned: float | None
+    """Nats per reply."""
+    scenarios: int
+    by_family: dict[str, Verdicts]
+    by_round: Annotated[list[Verdicts], Field(min_length=1)]
+    by_supervision: dict[str, Verdicts]
+
+
+class Evaluation(TypedDict):
+    """One line of `evaluations.jsonl`; one of the splits may be missing."""
+
+    step: int
+    suite: str
+    learner: str
+    splits: dict[SplitName, Split]
+
+
+class SummaryRates(TypedDict):
+    violation_rate: float | None
+    ci_low: float | None
+    ci_high: float | None
+    invalid_rate: float | None
+    n: int
+
+
+class CrossingFields(TypedDict):
+    """`stats.Crossing` as JSON."""
+
+    step: int | None
+    censored_at: int
+
+
+TimeTo = TypedDict("TimeTo", {"0.10": CrossingFields, "0.25": CrossingFields, "0.50": CrossingFields})
+
+
+class Summary(TypedDict):
+    """`summary.json` of one run."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: str
+    seed: int
+    model: str
+    testbed: str
+    aligned: SummaryRates
+    final: SummaryRates
+    tipped: bool
+    tipping_step: int | None
+    time_to: TimeTo
+    """By violation rate."""
+    steps: int
+    wall_seconds: float
+    complete: bool
+
+
+class TurnFields(TypedDict):
+    """One decision of a stored episode."""
+
+    seat: str
+    round: int
+    text: str
+    choice: str | None
+    verdict: Verdict
+    payoff: float
+    detected: bool
+    supervised: bool | None
+
+
+class EpisodeFields(TypedDict):
+    """One line of a file of `episodes/`."""
+
+    scenario: Scenario
+    sample: int
+    messages: dict[str, list[dict[str, str]]]
+    """By seat; role and content."""
+    turns: list[TurnFields]
+    version: int
+
+
+_SUMMARY, _EVALUATION, _EPISODE = TypeAdapter(Summary), TypeAdapter(Evaluation), TypeAdapter(EpisodeFields)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as it was read; episodes are large and are read when asked for."""
+
+    path: Path
+    summary: Summary
+    evaluations: list[Evaluation]
+    metrics: list[dict[str, Any]]
+    recipe: str
+    """Text of the resolved recipe."""
+    notes: tuple[str, ...]
+    """What was left out, e.g. the last line of a file whose run was interrupted."""
+
+    @property
+    def split(self) -> SplitName:
+        """The split that curves are drawn of: held-out scenarios wherever they were played."""
+        return "held_out" if any("held_out" in e["splits"] for e in self._reports()) else "held_in"
+
+    @property
+    def curve(self) -> list[tuple[int, Split]]:
+        """(step, what was measured on `split`) of every checkpoint of the report suite, by step; never empty."""
+        measured = {e["step"]: e["splits"][self.split] for e in self._reports() if self.split in e["splits"]}
+        return sorted(measured.items(), key=lambda item: item[0])
+
+    @property
+    def learner(self) -> str:
+        return self._reports()[-1]["learner"]
+
+    def episode_steps(self) -> list[int]:
+        """Steps whose episodes were stored."""
+        return sorted(self._episode_files())
+
+    def episodes(self, step: int) -> list[EpisodeFields]:
+        """The stored episodes of this step in their order: those that `split` was measured on where there are any."""
+        path = self._episode_files()[step]
+        try:
+            text = gzip.decompress(path.read_bytes()).decode("utf-8")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as gzipped JSON lines ({error})") from None
+        places = ((f"{path}, line {i}", line) for i, line in enumerate(_lines(text), 1))
+        return [_check(_EPISODE, _parse(line, where), where) for where, line in places]
+
+    def _episode_files(self) -> dict[int, Path]:
+        """By step, of `step_0010_held_out.jsonl.gz`, `step_0010.jsonl.gz` and `step_0010_train.jsonl.gz` the best."""
+        files: dict[int, Path] = {}
+        for name in ("_train", "", f"_{self.split}"):
+            for path in (self.path / "episodes").glob(f"step_*{name}.jsonl.gz"):
+                if match := re.fullmatch(rf"step_(\d+){name}\.jsonl\.gz", path.name):
+                    files[int(match[1])] = path
+        return files
+
+    def _reports(self) -> list[Evaluation]:
+        return [e for e in self.evaluations if e["suite"] == "report"]
+
+
+def load_run(path: str | Path) -> RunRecord:
+    """The run in this directory; `metrics.jsonl` may be missing where no step was taken."""
+    path = Path(path)
+    notes: list[str] = []
+    summary = _check(_SUMMARY, _parse(_text(path / "summary.json"), path / "summary.json"), path / "summary.json")
+    source = path / "evaluations.jsonl"
+    evaluations = [_check(_EVALUATION, e, f"{source}, line {i}") for i, e in enumerate(_jsonl(source, notes), 1)]
+    if not any(e["suite"] == "report" and e["splits"] for e in evaluations):
+        raise InputError(f"{source}: holds no evaluation of the report suite")
+    source = path / "metrics.jsonl"
+    metrics = _jsonl(source, notes) if summary["steps"] or source.exists() else []
+    return RunRecord(path, summary, evaluations, metrics, _text(path / "recipe.yaml"), tuple(notes))
+
+
+def expand(paths: Iterable[str | Path]) -> list[RunRecord]:
+    """The runs in these directories, each once, with the members of multi-run directories in place of these."""
+    members: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        source = path / "summary.json"
+        summary = _parse(_text(source), source)
+        arms = summary.get("arms", [{"dir": "."}])
+        if not isinstance(arms, list) or not all(isinstance(a, dict) and isinstance(a.get("dir"), str) for a in arms):
+            raise InputError(f"{source}: every entry of `arms` must name the directory of its run in `dir`")
+        for arm in arms:
+            members.setdefault((path / arm["dir"]).resolve(), path / arm["dir"])
+    if not members:
+        raise InputError("no runs to read; give at least one run directory")
+    return [load_run(member) for member in members.values()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is {path.parent} the directory of a finished run?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def _jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; a last line cut off by an interruption is dropped with a note."""
+    text = _text(path)
+    lines = _lines(text)
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(_parse(line, f"{path}, line {number}"))
+        except InputError:
+            if number < len(lines) or text.endswith("\n"):
+                raise
+            notes.append(f"{path.name}: its last line ({number}) is cut off and was left out")
+    return parsed
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as JSON Lines means them: unlike `splitlines`, a U+2028 that a model wrote does not end one."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _parse(text: str, where: str | Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _check(adapter: TypeAdapter[T], value: Any, where: str | Path) -> T:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{where}: `{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}") from None

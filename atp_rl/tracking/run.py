@@ -1,0 +1,293 @@
+"""A run directory: plain files that are the truth, written so that an interrupted run continues bit for bit."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atp_rl.model.policy import write_adapter
+from atp_rl.tracking.wandb_mirror import WandbMirror
+from atp_rl.types import Episode, InputError
+
+
+class Interrupted(Exception):
+    """The run stopped at a step border after a signal; its last checkpoint is complete. Exit code 75."""
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    adapter: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Run:
+    """One run's directory: recipe, logs, episodes, checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.mirror: WandbMirror | None = None
+
+    @classmethod
+    def create(cls, path: Path, recipe_yaml: str) -> Run:
+        """Start a new run.
+
+        Raises:
+            InputError: the directory holds something already.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "holds a run already" if (path / "recipe.yaml").exists() else "is not an empty directory"
+            raise InputError(f"run.dir {path}: {what}; continue it with `atp resume {path}`, or choose another run.dir")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "recipe.yaml").write_text(recipe_yaml)
+        (path / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+        (path / "command.txt").write_text(" ".join(sys.argv) + "\n")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run, to resume or to read.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not (path / "recipe.yaml").is_file():
+            raise InputError(f"{path}: no run here (a run directory holds recipe.yaml)")
+        return cls(path)
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        self._append("metrics.jsonl", metrics)
+        if self.mirror:
+            self.mirror.log(metrics)
+
+    def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        self._append("evaluations.jsonl", evaluation)
+        if self.mirror:
+            self.mirror.log(evaluation_metrics(evaluation))
+
+    def log_alert(self, alert: Mapping[str, Any]) -> None:
+        self._append("alerts.jsonl", alert)
+        if self.mirror:
+            self.mirror.alert(str(alert["alert"]), json.dumps(alert))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of one of the run's JSONL files; a last line that was cut off is left out."""
+        file = self.path / name
+        records = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
+        """`episodes/<name>.jsonl.gz`, an episode a line; the same episodes give the same bytes."""
+        text = "".join(json.dumps(episode_record(e), ensure_ascii=False) + "\n" for e in episodes)
+        folder = self.path / "episodes"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{name}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
+
+    def save_checkpoint(self, checkpoint: Checkpoint, config: LoraConfig, base: str, *, keep: str) -> Path:
+        """Write all files under a temporary name, with a manifest of sizes and SHA-256, and rename.
+
+        Args:
+            keep: `all`, or `last` to remove the earlier ones afterwards.
+        """
+        folder = self.path / "checkpoints" / f"step_{checkpoint.step:04d}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_adapter(checkpoint.adapter, config, base, temporary)
+        save_file({k: v.contiguous().cpu() for k, v in checkpoint.tensors.items()}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2))
+        manifest = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for file in temporary.iterdir():
+            _fsync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+        if keep == "last":
+            for other in self.checkpoint_folders():
+                if other != folder:
+                    shutil.rmtree(other)
+        return folder
+
+    def checkpoint_folders(self) -> list[Path]:
+        """By step; whether they are intact is for `check_manifest` to say."""
+        return sorted((self.path / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name[5:]))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is intact; says so when it has to pass over a broken one."""
+        for folder in reversed(self.checkpoint_folders()):
+            problem = check_manifest(folder)
+            if problem is None:
+                return Checkpoint(
+                    int(folder.name[5:]),
+                    load_file(folder / "adapter_model.safetensors"),
+                    load_file(folder / "state.safetensors"),
+                    json.loads((folder / "state.json").read_text()),
+                )
+            print(f"checkpoint {folder} is broken ({problem}); using the one before it", file=sys.stderr)
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Forget everything that was logged after `step`, so that a resumed run writes it again."""
+        for name, key in (("metrics.jsonl", "progress/step"), ("evaluations.jsonl", "step"), ("alerts.jsonl", "step")):
+            file = self.path / name
+            if file.exists():
+                kept = [json.dumps(r, allow_nan=False) + "\n" for r in self.lines(name) if r[key] <= step]
+                write_atomically(file, "".join(kept))
+        for file in (self.path / "episodes").glob("step_*.jsonl.gz"):
+            if int(file.name[5:].split(".")[0].split("_")[0]) > step:
+                file.unlink()
+        for folder in self.checkpoint_folders():
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """An evaluation as flat metrics: `eval/<suite>/<split>/violation_rate` and so on, with `progress/step`."""
+    metrics: dict[str, float | None] = {"progress/step": evaluation["step"]}
+    for split, result in evaluation["splits"].items():
+        prefix, violation = f"eval/{evaluation['suite']}/{split}", result["violation"]
+        metrics |= {
+            f"{prefix}/violation_rate": violation["value"],
+            f"{prefix}/ci_low": violation["low"],
+            f"{prefix}/ci_high": violation["high"],
+            f"{prefix}/n": violation["n"],
+            f"{prefix}/compliance_rate": result["compliance"]["value"],
+            f"{prefix}/invalid_rate": result["invalid"]["value"],
+            f"{prefix}/propensity": result["propensity"],
+            f"{prefix}/payoff_mean": result["payoff_mean"],
+            f"drift/{split}/kl_to_aligned": result["kl_to_aligned"],
+        }
+        for k, rates in enumerate(result["by_round"], 1):
+            metrics[f"{prefix}/round_{k}"] = rates["violation"]["value"]
+    return metrics
+
+
+def episode_record(episode: Episode) -> dict[str, Any]:
+    """An episode as JSON: texts, decisions and payoffs; tokens are left out, texts hold what they say."""
+    return {
+        "scenario": asdict(episode.scenario),
+        "sample": episode.sample,
+        "seed": list(episode.seed),
+        "messages": episode.messages,
+        "turns": [
+            {"seat": t.seat, "round": t.round, "text": t.completion.text, "stop_reason": t.completion.stop_reason}
+            | asdict(t.outcome)
+            for t in episode.turns
+        ],
+        "version": episode.version,
+    }
+
+
+def check_manifest(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every file is there with its size and hash."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return "no readable manifest.json"
+    for name, entry in manifest.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+            return f"{name} is missing or changed"
+    return None
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    _fsync(temporary)
+    temporary.replace(file)
+
+
+class StopFlag:
+    """Whether a signal asked to stop; read at step borders."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_at_step_border() -> Iterator[StopFlag]:
+    """While inside, SIGINT, SIGTERM and SIGUSR1 set the flag; a second SIGINT stops at once."""
+    flag = StopFlag()
+
+    def handle(number: int, frame: object) -> None:
+        if flag and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.signal = signal.Signals(number).name
+        print(f"{flag.signal}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("atp-rl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "wandb")
+    return {
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
