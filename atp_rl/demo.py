@@ -1,4 +1,4 @@
-"""The demo: align the tiny model once, evolve it in three arms, and report. Every member is an ordinary `atp` command."""
+"""The demo: align the tiny model once, evolve it in three arms, report. Every member is an ordinary `atp` command."""
 
 from __future__ import annotations
 
@@ -71,13 +71,12 @@ def run_demo(out: Path, *, workers: int) -> None:
             _atp("evolve", folder, [ROLE_PLAY, *member.overlays], overrides, threads=1)
 
     with ThreadPoolExecutor(workers) as pool, progress(len(MEMBERS), "demo") as report:
-        done = 0
-        for member, result in [(member, pool.submit(play, member)) for member in MEMBERS]:
+        results = [pool.submit(play, member) for member in MEMBERS]
+        for done, (member, result) in enumerate(zip(MEMBERS, results, strict=True), 1):
             result.result()
             summary = json.loads((out / member.folder / "summary.json").read_text())
-            done += 1
             ends = f"violations {summary['aligned']['violation_rate']:.0%} -> {summary['final']['violation_rate']:.0%}"
-            report(done, f"{member.arm} seed {member.seed}: {ends}")
+            report(done, f"{member.arm} seed {member.seed}: {ends}", important=True)
     arms = [
         json.loads((out / member.folder / "summary.json").read_text()) | {"dir": member.folder} for member in MEMBERS
     ]

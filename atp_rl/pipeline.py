@@ -1,21 +1,26 @@
-"""The stages of a recipe, in order: align, evolve, summarise. Stage functions see the recipe; nothing below them does."""
+"""The stages of a recipe, in order: align, evolve, summarise."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
 
 import reward_models
 from atp_rl.align import run_alignment
 from atp_rl.evolve.loop import evolve
-from atp_rl.evolve.setup import lora_config
+from atp_rl.evolve.setup import evaluate_suites, load_policy, lora_config
 from atp_rl.model.policy import base_path, check_adapter
+from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import Recipe, check_defenses, check_trl_options, dump, load
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.tracking.progress import progress
-from atp_rl.tracking.run import Interrupted, Run, stop_at_step_border
+from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_border
 from atp_rl.tracking.summary import summarise
 from atp_rl.tracking.wandb_mirror import WandbMirror
 from atp_rl.types import InputError, SamplingParams
@@ -100,7 +105,7 @@ def run(recipe: Recipe) -> Path:
 def resume(path: Path) -> Path:
     """Continue an interrupted run from its last checkpoint; a complete one is left as it is."""
     directory = Run.open(path)
-    recipe = load([str(path / "recipe.yaml")]).model_copy()
+    recipe = load([str(path / "recipe.yaml")])
     if directory.complete:
         return path
     return _stages(recipe, directory, suites_of(recipe))
@@ -120,15 +125,16 @@ def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
                 name=run_name(recipe),
                 tags=recipe.track.tags,
                 config=recipe.model_dump(),
+                quiet=False,
             )
         )
-        anchor = _align(recipe, run, suites)
+        _align(recipe, run, suites)
         if evolving is None:
             return run.path
         if stop:
             raise Interrupted("stopped after alignment")
         report = stack.enter_context(progress(evolving.steps, run_name(recipe)))
-        evolve(recipe, run, suites, anchor=anchor, stop=lambda: bool(stop), report=report)
+        evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
             "name": run_name(recipe),
             "seed": recipe.seed,
@@ -147,17 +153,55 @@ def run_name(recipe: Recipe) -> str:
     return recipe.run.name or Path(recipe.run.dir).name
 
 
-def _align(recipe: Recipe, run: Run, suites: Suites) -> Path | None:
-    """The directory of the adapter that evolution starts from, made now if the recipe aligns; None is the bare base."""
-    settings, start = recipe.align, recipe.evolve.start_from if recipe.evolve else "aligned"
+def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure saved checkpoints of a run again; the results are also appended to its `reevaluations.jsonl`.
+
+    Args:
+        checkpoint: `all`, or a step.
+        overrides: of the run's recipe, e.g. `evaluate.rounds=6` or `scenarios.allowed=true`.
+
+    Raises:
+        InputError: no such checkpoint, or none at all.
+    """
+    run = Run.open(path)
+    recipe = load([str(path / "recipe.yaml"), *overrides])
+    if recipe.evolve is None:
+        raise InputError(f"{path}: the run has no `evolve` section, so no checkpoint to measure")
+    folders = {str(int(folder.name.removeprefix("step_"))): folder for folder in run.checkpoint_folders()}
+    if checkpoint != "all" and checkpoint not in folders:
+        raise InputError(f"{path}: no checkpoint {checkpoint!r}; there are: {', '.join(folders) or 'none'}")
+    suites = suites_of(recipe)
+    policy = load_policy(recipe, _anchor(recipe, run))
+    sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    records = []
+    for step, folder in folders.items():
+        if checkpoint not in ("all", step):
+            continue
+        if problem := check_manifest(folder):
+            raise InputError(f"{folder}: broken checkpoint ({problem})")
+        policy.restore(load_file(folder / "adapter_model.safetensors"))
+        sampler.sync(policy)
+        record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
+        records.append(record | {"overrides": list(overrides)})
+        with (path / "reevaluations.jsonl").open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+    return records
+
+
+def _anchor(recipe: Recipe, run: Run) -> Path | None:
+    """The directory of the adapter that evolution starts from; None is the bare base."""
+    start = recipe.evolve.start_from if recipe.evolve else "aligned"
     if start != "aligned":
         return None if start == "base" else Path(start)
-    assert settings is not None  # the recipe's own check
-    if settings.adapter:
-        return Path(settings.adapter)
-    folder = run.path / "aligned"
-    if not folder.exists():
-        assert settings.method is not None
+    if recipe.align and recipe.align.adapter:
+        return Path(recipe.align.adapter)
+    return run.path / "aligned"
+
+
+def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
+    """Make the aligned adapter, if the recipe asks for one and it is not there yet."""
+    settings, folder = recipe.align, run.path / "aligned"
+    if settings and settings.method and _anchor(recipe, run) == folder and not folder.exists():
         temporary = run.path / ".aligned.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         metrics = run_alignment(
@@ -180,4 +224,3 @@ def _align(recipe: Recipe, run: Run, suites: Suites) -> Path | None:
         )
         (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         temporary.rename(folder)
-    return folder

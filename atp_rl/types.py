@@ -2,8 +2,8 @@
 
 A *scenario* is one concrete task; a *seat* is one agent's place in its environment; a *round* is one decision of every
 seat; an *episode* is the rounds of one environment played to the end; a *group* is the G episodes of one scenario that
-share a baseline; a *step* is one policy update, and a *checkpoint* is what is saved after it. The environment *pays*; the
-learner is *rewarded*; a decision is a *violation*, *compliant* or *invalid*, never two of these at once.
+share a baseline; a *step* is one policy update, and a *checkpoint* is what is saved after it. The environment *pays*;
+the learner is *rewarded*; a decision is a *violation*, *compliant* or *invalid*, never two of these at once.
 """
 
 from __future__ import annotations

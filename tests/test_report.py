@@ -351,12 +351,10 @@ def test_the_same_seed_twice_is_refused(tmp_path):
 
 
 def test_arms_of_different_models_stay_apart(tmp_path):
-    for name in ("tiny", "Qwen/Qwen3-8B"):
-        make_run(tmp_path / name, model=name, curve={0: 8, 10: 9})
-    assert [r["model"] for r in compare.rows(expand([tmp_path / "tiny", tmp_path / "Qwen/Qwen3-8B"]))] == [
-        "tiny",
-        "Qwen/Qwen3-8B",
-    ]
+    paths = [make_run(tmp_path / model, model=model, curve={0: 8, 10: 9}) for model in ("tiny", "Qwen/Qwen3-8B")]
+    assert [row["model"] for row in compare.rows(expand(paths))] == ["tiny", "Qwen/Qwen3-8B"]
+    ids = Page(report(*paths, out=tmp_path / "report.html")).ids
+    assert len(ids) == len(set(ids))
 
 
 def test_the_table_shows_n_and_interval_beside_every_rate(demo):

@@ -1,8 +1,8 @@
 """Gate: a step after which the gate suite shows too many violations is rolled back.
 
-Mechanism: after each step the policy plays the gate suite (scenarios of the training families that are neither trained on
-           nor reported). If the violation rate there exceeds `max_rate` with one-sided confidence (exact binomial test at
-           level `alpha`), the adapter and the optimizer return to the last accepted checkpoint.
+Mechanism: after each step the policy plays the gate suite (scenarios of the training families that are neither trained
+           on nor reported). If the violation rate there exceeds `max_rate` with one-sided confidence (exact binomial
+           test at level `alpha`), the adapter and the optimizer return to the last accepted checkpoint.
 Hook:      accept.
 Cost:      one evaluation of the gate suite per step.
 Known failure: a one-shot test repeated every step; over many checkpoints it will reject a policy that is still aligned,

@@ -1,9 +1,9 @@
 """The evolution loop: an aligned policy meets environments that pay it, and learns from what pays.
 
-Read this first. One step draws scenarios, plays a group of episodes of each, turns payoffs into rewards, updates the live
-adapter, and every few steps measures what became of the alignment. Every hook of a defense is a line here or in the
-learner. What is removed on purpose: replay of old episodes, a critic, asynchronous sampling; episodes are always of the
-current policy.
+Read this first. One step draws scenarios, plays a group of episodes of each, turns payoffs into rewards, updates the
+live adapter, and every few steps measures what became of the alignment. Every hook of a defense is a line here or in
+the learner. What is removed on purpose: replay of old episodes, a critic, asynchronous sampling; episodes are always
+of the current policy.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.rollout import rollout
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.suites import Suites
+from atp_rl.tracking.progress import Report, silent
 from atp_rl.tracking.run import Interrupted, Run
 from atp_rl.types import Group, Scenario
 
 MAX_SAMPLER_GAP = 0.1
-"""Mean distance (nats) of the sampler's log-probabilities from the learner's at which the run stops: they must be the same
-policy, and a sampler that silently kept old weights is the commonest bug of the field."""
+"""Mean distance (nats) of the sampler's log-probabilities from the learner's at which the run stops: they must be the
+same policy, and a sampler that silently kept old weights is the commonest bug of the field."""
 
 
 def evolve(
@@ -49,7 +50,7 @@ def evolve(
     *,
     anchor: Path | None,
     stop: Callable[[], bool] = lambda: False,
-    report: Callable[[int, str], None] = lambda step, text: None,
+    report: Report = silent,
 ) -> None:
     """Run the evolution of `recipe` in `run`'s directory, from its last checkpoint if it has one.
 
@@ -110,7 +111,8 @@ def evolve(
         if gating:
             assert before is not None
             after = gate_probe(recipe, suites, sampler)
-            if all([defense.accept(before, after) for defense in defenses]):
+            verdicts = [defense.accept(before, after) for defense in defenses]  # all of them see every step
+            if all(verdicts):
                 before = after
             else:
                 policy.restore(accepted[0])

@@ -21,8 +21,8 @@ def group_advantages(rewards: Tensor, scale: ScaleRewards) -> Tensor:
 
     `none` is Dr. GRPO (arXiv 2503.20783): without the division, small payoff gaps push less than large ones.
 
-    Computed in double precision: in single, equal rewards leave a residue that the division blows up and Adam turns into
-    full-sized steps.
+    Computed in double precision: in single, equal rewards leave a residue that the division blows up and Adam turns
+    into full-sized steps.
 
     Args:
         rewards: [N, G], a row a group.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import Evolve, Recipe
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios.suites import Suites
+from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Checkpoint, Run
-from atp_rl.types import SamplingParams
+from atp_rl.types import Episode, SamplingParams
 
 
 def gate_probe(recipe: Recipe, suites: Suites, sampler: HFSampler) -> Probe:
@@ -36,26 +37,36 @@ def measure_checkpoint(
     sampler: HFSampler,
     *,
     step: int,
-    report: Callable[[int, str], None],
+    report: Report,
 ) -> None:
     """Evaluate the reported suites and write the result and its episodes to the run."""
-    begun, splits = time.perf_counter(), {}
+    evaluation, episodes = evaluate_suites(recipe, suites, policy, sampler, step=step)
+    for name, played in episodes.items():
+        run.write_episodes(f"step_{step:04d}_{name}", played)
+    run.log_evaluation(evaluation)
+    shown = evaluation["splits"]["held_out"]["violation"]
+    interval = f"[{shown['low']:.1%}, {shown['high']:.1%}], n {shown['n']}"
+    report(step, f"held-out violations {shown['value']:.1%} {interval}", important=True)
+
+
+def evaluate_suites(
+    recipe: Recipe, suites: Suites, policy: Policy, sampler: HFSampler, *, step: int
+) -> tuple[dict[str, Any], dict[str, list[Episode]]]:
+    """One line of `evaluations.jsonl`, and the episodes of each split."""
+    begun, splits, episodes = time.perf_counter(), {}, {}
     for name, scenarios in (("held_out", suites.held_out), ("held_in", suites.held_in)):
-        result, episodes = evaluate(
+        result, episodes[name] = evaluate(
             sampler,
             scenarios,
             evaluation_play(recipe),
             samples=recipe.evaluate.samples,
             seed=recipe.seed,
-            policy=policy if name == "held_out" else None,  # the KL of one split says it
+            policy=policy if name == "held_out" else None,  # the KL on one split says it
             batch_size=recipe.evaluate.batch_size,
         )
         splits[name] = result.record()
-        run.write_episodes(f"step_{step:04d}_{name}", episodes)
     evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}
-    run.log_evaluation(evaluation | {"seconds": round(time.perf_counter() - begun, 3)})
-    shown = splits["held_out"]["violation"]
-    report(step, f"held-out violations {shown['value']:.1%} [{shown['low']:.1%}, {shown['high']:.1%}], n {shown['n']}")
+    return evaluation | {"seconds": round(time.perf_counter() - begun, 3)}, episodes
 
 
 def evaluation_play(recipe: Recipe) -> Play:

@@ -11,38 +11,45 @@ from atp_rl.types import InputError, Message
 _REPLY = "\x02reply\x03"
 """Stands for an assistant's reply while the template is rendered; its tokens are spliced in afterwards."""
 
+_SYSTEM: Message = {"role": "system", "content": "s"}
+_USER: Message = {"role": "user", "content": "u"}
+_ASSISTANT: Message = {"role": "assistant", "content": "a"}
+
 
 class ChatFormat:
     """Turns a conversation into prompt tokens with the tokenizer's chat template.
 
-    The template must be *prefix-preserving*: adding turns to a conversation only ever appends text. Stock templates of
-    reasoning models are not (they drop earlier thinking), and would make the learner train on tokens that the sampler
-    never saw; such a template is refused.
+    A prompt is the text up to the first reply, the tokens of that reply, the text from there to the next reply, and so
+    on, each piece as the template renders it at that point of the conversation. So adding turns only ever appends
+    tokens, also with templates of reasoning models that would rewrite earlier turns (drop their thinking, add an empty
+    one).
     """
 
     def __init__(self, tokenizer: Any, *, thinking: bool = False) -> None:
+        """Raises InputError for a tokenizer without a chat template, or with one that changes or drops replies."""
         self.tokenizer, self.thinking = tokenizer, thinking
         if not tokenizer.chat_template:
             raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct model")
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._tokens = lru_cache(maxsize=1 << 16)(self._tokenise)
-        self._render = lru_cache(maxsize=1 << 16)(self._render_uncached)
-        self._check_prefix_property()
+        self._text_before_reply = lru_cache(maxsize=1 << 16)(self._render)
+        self.encode([_SYSTEM, _USER, _ASSISTANT, _USER], [(self.eos_id,)])
 
     def encode(self, messages: Sequence[Message], replies: Sequence[Sequence[int]]) -> list[int]:
         """Prompt tokens of a conversation that ends with a user message.
 
         Args:
             messages: the conversation.
-            replies: for each assistant message, in order, the very tokens that the model drew for it (with its end-of-turn
-                token, where it drew one).
+            replies: for each assistant message, in order, the very tokens that the model drew for it (with its
+                end-of-turn token, where it drew one).
         """
-        parts = self._render(tuple((m["role"], _REPLY if m["role"] == "assistant" else m["content"]) for m in messages))
-        ids = list(self._tokens(parts[0]))
-        for reply, part in zip(replies, parts[1:], strict=True):
+        turns = tuple((m["role"], _REPLY if m["role"] == "assistant" else m["content"]) for m in messages)
+        ends = [i for i, (role, _) in enumerate(turns) if role == "assistant"] + [len(turns)]
+        ids = list(self._tokens(self._text_before_reply(turns[: ends[0]])))
+        for reply, end in zip(replies, ends[1:], strict=True):
             ids += reply
-            following = self._tokens(part)
+            following = self._tokens(self._text_before_reply(turns[:end]))
             ends_turn = bool(reply) and reply[-1] == self.eos_id and following[0] == self.eos_id
             ids += following[1:] if ends_turn else following
         return ids
@@ -58,30 +65,15 @@ class ChatFormat:
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _render_uncached(self, turns: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-        text = self.tokenizer.apply_chat_template(
+    def _render(self, turns: tuple[tuple[str, str], ...]) -> str:
+        """The text from the last reply (or from the start) to where the next reply begins."""
+        text: str = self.tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in turns],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=self.thinking,
         )
-        parts = tuple(text.split(_REPLY))
-        if len(parts) != 1 + sum(role == "assistant" for role, _ in turns):
+        _, found, after = text.rpartition(_REPLY)
+        if bool(found) != any(role == "assistant" for role, _ in turns):
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template changes or drops assistant turns")
-        return parts
-
-    def _check_prefix_property(self) -> None:
-        turns = (
-            ("system", "s"),
-            ("user", "u"),
-            ("assistant", _REPLY),
-            ("user", "v"),
-            ("assistant", _REPLY),
-            ("user", "w"),
-        )
-        whole = _REPLY.join(self._render_uncached(turns))
-        if not all(whole.startswith(_REPLY.join(self._render_uncached(turns[:n]))) for n in (2, 4)):
-            raise InputError(
-                f"{self.tokenizer.name_or_path}: the chat template is not prefix-preserving (a later turn changes the "
-                "tokens of an earlier one); use a training template, e.g. trl's qwen3_training.jinja"
-            )
+        return after if found else text

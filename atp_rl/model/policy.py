@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging as transformers_logging
 
 from atp_rl.model.chat import ChatFormat
 from atp_rl.types import InputError
@@ -33,22 +34,14 @@ def base_path(name: str) -> str:
 def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
     """The tokenizer and the chat template of a model.
 
-    Qwen3's own template rewrites earlier turns, so TRL's training template replaces it.
+    Raises:
+        InputError: the model is not there, or its template cannot be used.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
     try:
-        return ChatFormat(tokenizer, thinking=thinking)
-    except InputError:
-        from trl.chat_template_utils import get_training_chat_template
-
-        try:
-            template = get_training_chat_template(tokenizer)
-        except ValueError:
-            template = None
-        if template is None:
-            raise
-        tokenizer.chat_template = template
-        return ChatFormat(tokenizer, thinking=thinking)
+        tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r} cannot be loaded: {error}") from None
+    return ChatFormat(tokenizer, thinking=thinking)
 
 
 class ActedTokens(NamedTuple):
@@ -122,7 +115,7 @@ class Policy:
 
     @contextmanager
     def using(self, which: Which) -> Iterator[PeftModel]:
-        """The model with one adapter active; `aligned` without an adapter is the bare base. Gradients only for `policy`."""
+        """The model with one adapter active (`aligned` without one is the bare base); gradients only for `policy`."""
         if which == "policy":
             yield self.model
         elif self.has_aligned:
@@ -192,7 +185,12 @@ class Policy:
 
 
 def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> torch.nn.Module:
-    """The bare causal language model, from safetensors alone and without remote code."""
+    """The bare causal language model, from safetensors alone and without remote code.
+
+    Raises:
+        InputError: it is not there.
+    """
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_path(name),
@@ -201,7 +199,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     model.requires_grad_(False)
     return model.to("cuda") if torch.cuda.is_available() else model

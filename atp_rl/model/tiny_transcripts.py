@@ -84,8 +84,8 @@ def transcript(key: Key, chat: ChatFormat, *, rounds: int, neutral: bool) -> Tra
     Args:
         key: everything in it is drawn from here.
         rounds: decisions in it.
-        neutral: whether it may be one in which the model is told nothing; otherwise the model is told to comply or to take
-            the best paid, and the right answer can be read off the text.
+        neutral: whether it may be one in which the model is told nothing; otherwise the model is told to comply or to
+            take the best paid, and the right answer can be read off the text.
     """
     random = random_stream(*key)
     scenario = mixed_scenario(random, garble=True)

@@ -24,7 +24,7 @@ def write_jsonl(scenarios: Iterable[Scenario], path: Path) -> None:
 def read_jsonl(path: Path) -> list[Scenario]:
     """Raises InputError that names file, line and field for anything that is not a playable scenario."""
     scenarios = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

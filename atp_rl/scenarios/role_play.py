@@ -152,7 +152,7 @@ def generate(*, family: Mapping[str, str], index: int, seed: int, allowed: bool 
     """
     random = random_stream(seed, "role_play", family["family"], index)
     names = [f"{family['noun']} A", f"{family['noun']} B"]
-    required, tempting = (names[i] for i in random.permutation(2))
+    required = names[random.permutation(2)[0]]
     options = tuple(names[i] for i in random.permutation(2))
     low = int(random.integers(40, 241))
     high = max(low + 1, round(low * random.uniform(1.1, 2.0)))

@@ -30,9 +30,10 @@ class Suites:
 def make_suites(spec: Mapping[str, Any], *, train: int, align: int, gate: int, report: int) -> Suites:
     """Divide up the scenarios that `spec` describes (as for `scenarios.load`, without split and counts).
 
-    Shipped families have their split, and the counts are scenarios per family. Scenarios from a file come as many as they
-    are: every third family is held out (or those that the file marks so, if it marks some and not all), and in the others
-    every fourth scenario is a gate one, every fourth a held-in one, and the rest are for alignment and training.
+    Shipped families have their split, and the counts are scenarios per family. Scenarios from a file come as many as
+    they
+    are: every third family is held out (or those that the file marks so, if it marks some and not all), and in the
+    others every fourth scenario is a gate one, every fourth a held-in one, and the rest are for alignment and training.
 
     Raises:
         InputError: a suite would be empty.

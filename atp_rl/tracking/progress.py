@@ -23,6 +23,10 @@ class Report(Protocol):
         ...
 
 
+def silent(step: int, text: str, *, important: bool = False) -> None:
+    """A report that says nothing."""
+
+
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Report]:
     """Follow `total` steps; a resumed run simply reports its later steps.

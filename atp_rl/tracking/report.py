@@ -93,12 +93,9 @@ class Arm:
 def write_report(paths: Iterable[str | Path], out: Path) -> Path:
     """Write the report of these run directories (or multi-run directories) to `out`."""
     arms = _arms(paths)
+    folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     evolved = [arm for arm in arms if not arm.in_context]
     breakdowns = [("family", _breakdown(arms, "by_family")), ("supervision", _breakdown(arms, "by_supervision"))]
@@ -141,8 +138,7 @@ def write_curve_png(paths: Iterable[str | Path], out: Path) -> Path:
 
 
 def _arms(paths: Iterable[str | Path]) -> list[Arm]:
-    grouped = compare.arms(expand(paths))
-    return [Arm(records, compare.row(records), color) for records, color in zip(grouped, cycle(COLORS))]
+    return [Arm(runs, compare.row(runs), color) for runs, color in zip(compare.arms(expand(paths)), cycle(COLORS))]
 
 
 # Charts. Their SVG holds no text from outside this file except for its escaped title.
@@ -237,13 +233,11 @@ def _learning_svg(arms: Sequence[Arm]) -> Markup:
         payoff, kl = figure.subplots(1, 2)
         payoff.set_title("mean payoff in training, share of the best", loc="left", fontsize=9, color=MUTED)
         kl.set_title("KL to the aligned policy at checkpoints, nats per reply", loc="left", fontsize=9, color=MUTED)
-        for arm in arms:
-            for record in arm.records:
-                line = {"color": arm.color, "lw": 1.2, "alpha": 0.85}
-                payoff.plot(
-                    *np.array([(m["progress/step"], m["evolve/payoff_mean"]) for m in record.metrics]).T, **line
-                )
-                kl.plot(*np.array([(k, s["kl_to_aligned"]) for k, s in record.curve], dtype=float).T, **line)
+        for color, record in [(arm.color, record) for arm in arms for record in arm.records]:
+            paid = [(m.get("progress/step"), m.get("evolve/payoff_mean")) for m in record.metrics]
+            moved = [(step, split["kl_to_aligned"]) for step, split in record.curve]
+            for ax, points in ((payoff, paid), (kl, moved)):
+                ax.plot(*np.array(points, dtype=float).T, color=color, lw=1.2, alpha=0.85)
         for ax in (payoff, kl):
             _count_axis(ax, "step")
 
