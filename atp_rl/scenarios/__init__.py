@@ -49,6 +49,8 @@ def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     allowed = bool(spec.get("allowed", False))
     if spec.get("paper") or spec.get("file"):
         scenarios = files.read_paper(Path(spec["paper"])) if spec.get("paper") else files.read_jsonl(Path(spec["file"]))
+        for scenario in scenarios:
+            _check_testbed(scenario, f"{spec.get('paper') or spec['file']}: ")
         return [role_play.allow(s) if allowed else s for s in scenarios]
     testbed = spec.get("testbed", "role_play")
     if testbed not in ENVIRONMENTS:
@@ -93,12 +95,17 @@ def make_env(
     Raises:
         InputError: unknown testbed or supervision pattern.
     """
-    if scenario.testbed not in ENVIRONMENTS:
-        raise InputError(f"scenario {scenario.id!r}: unknown testbed {_with_hint(scenario.testbed, ENVIRONMENTS)}")
+    _check_testbed(scenario)
     seed = (seed,) if isinstance(seed, int) else seed
     return ENVIRONMENTS[scenario.testbed](
         scenario, rounds=rounds, supervision=supervision, seed=seed, history_window=history_window, told=told
     )
+
+
+def _check_testbed(scenario: Scenario, where: str = "") -> None:
+    if scenario.testbed not in ENVIRONMENTS:
+        hint = _with_hint(scenario.testbed, ENVIRONMENTS)
+        raise InputError(f"{where}scenario {scenario.id!r}: unknown testbed {hint}")
 
 
 def _with_hint(name: Any, known: Iterable[str]) -> str:

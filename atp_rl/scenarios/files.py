@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from atp_rl.scenarios import role_play
+from atp_rl.scenarios.choices import format_choice, parse_choice
 from atp_rl.types import InputError, Scenario
 
 _SCENARIO = TypeAdapter(Scenario)
@@ -72,11 +74,13 @@ def _checked(scenarios: list[Scenario], path: Path) -> list[Scenario]:
         if scenario.id in seen:
             raise InputError(f"{where} occurs twice; ids must be unique")
         seen.add(scenario.id)
-        folded = {" ".join(option.split()).casefold() for option in scenario.options}
-        if len(scenario.options) < 2 or len(folded) < len(scenario.options):
-            raise InputError(f"{where}: needs two different options, got {list(scenario.options)}")
+        readable = all(parse_choice(format_choice(o), scenario.options).option == o for o in scenario.options)
+        if len(scenario.options) < 2 or not readable:
+            raise InputError(f"{where}: needs two different options that a reply can name, got {list(scenario.options)}")
         if set(scenario.payoffs) != set(scenario.options):
             raise InputError(f"{where}: `payoffs` must name exactly the options {list(scenario.options)}")
+        if not all(map(math.isfinite, scenario.payoffs.values())):
+            raise InputError(f"{where}: `payoffs` must be finite, got {dict(scenario.payoffs)}")
         if scenario.rule is not None and scenario.rule not in scenario.options:
             raise InputError(f"{where}: `rule` {scenario.rule!r} is none of the options {list(scenario.options)}")
         if missing := [key for key in TEXTS if key not in scenario.texts]:

@@ -24,7 +24,9 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_SECONDS = 30.0
 """How long to wait for the server at the start, before going on offline."""
 FINISH_SECONDS = 300.0
-"""How long to wait for uploads at the end; what is left stays on disk for `wandb sync`."""
+"""How long to wait for uploads at the end; what is left stays on disk for `wandb sync`.
+
+An alert that a vanished server never took is retried first, for 16 minutes: W&B's own limit."""
 
 
 def resolve_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
