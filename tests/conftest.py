@@ -1,4 +1,4 @@
-"""Models that are small enough to be made for a test."""
+"""Fixtures that several files use."""
 
 import pytest
 import torch
@@ -9,17 +9,22 @@ from atp_rl.model.tiny import BuildPlan, make_model, make_tokenizer
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
-    """Folder of a model of random weights that reads its whole context and ends about one reply in ten at every token."""
+    """Folder of a model of random weights that reads its whole context and draws the end token about once in eight."""
     plan = BuildPlan(vocabulary=512, hidden=32, layers=2)
     tokenizer = make_tokenizer(plan)
     model = make_model(plan, tokenizer)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter *= 4  # fresh weights hardly look at the context
-        embedding = model.get_input_embeddings().weight
-        embedding[:, 0] = 0.25  # so that this entry of every hidden state is positive ...
-        embedding[tokenizer.eos_token_id, 0] = 4.0  # ... and acts as a bias towards the end token
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight *= 4  # fresh weights hardly look at the context
+            # a bias towards the end token: the first entry of the hidden states is positive, and large for that token
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[0] = 0
+            elif name == "model.norm.weight":
+                weight[0] = 5
+            elif name == "model.embed_tokens.weight":
+                weight[:, 0] = 1
+                weight[tokenizer.convert_tokens_to_ids("<|im_end|>"), 0] = 4
     folder = tmp_path_factory.mktemp("random_base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from atp_rl.defenses import DEFENSES, Defense
 from atp_rl.evolve.loop import evolve
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import Policy
@@ -126,9 +125,7 @@ def turn(
     supervised: bool | None = None,
 ) -> Turn:
     drawn = tuple([0.0] * len(reply) if logprobs is None else logprobs)
-    outcome = Outcome(
-        choice=choice, payoff=payoff, supervised=supervised, detected=False, verdict=verdict, done=False
-    )
+    outcome = Outcome(choice=choice, payoff=payoff, supervised=supervised, detected=False, verdict=verdict, done=False)
     return Turn("agent", round, tuple(prompt), Completion("", tuple(reply), drawn, "stop"), outcome)
 
 
@@ -155,7 +152,7 @@ def small_recipe(folder: Path, *overrides: str, steps: int = 4, rounds: int = 1)
             "evolve.scenarios_per_step=2",
             "evolve.group_size=4",
             "evolve.learning_rate=1e-2",
-            "evolve.max_new_tokens=12",
+            "evolve.max_new_tokens=10",
             "evaluate.every=2",
             "evaluate.per_family=2",
             "track.wandb=disabled",
@@ -165,13 +162,13 @@ def small_recipe(folder: Path, *overrides: str, steps: int = 4, rounds: int = 1)
     )
 
 
-def run_of(
-    recipe: Recipe, *, stop: Callable[[], bool] = lambda: False, report: Report = silent, anchor: Path | None = None
-) -> Run:
+def run_of(recipe: Recipe, *, stop: Callable[[], bool] = lambda: False, report: Report = silent) -> Run:
     """Start or continue the evolution of `recipe` in its run directory."""
-    folder = Path(recipe.run.dir)
+    assert recipe.evolve is not None
+    folder, start = Path(recipe.run.dir), recipe.evolve.start_from
     run = Run.open(folder) if folder.exists() else Run.create(folder, dump(recipe))
-    evolve(recipe, run, suites_of(recipe), anchor=anchor or aligned(), stop=stop, report=report)
+    anchor = None if start == "base" else Path(start)
+    evolve(recipe, run, suites_of(recipe), anchor=anchor, stop=stop, report=report)
     return run
 
 
@@ -190,8 +187,3 @@ def reproducible(metrics: dict[str, Any]) -> dict[str, Any]:
 def checkpoint_files(run: Run, step: int) -> dict[str, bytes]:
     folder = run.path / "checkpoints" / f"step_{step:04d}"
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def add_defense(monkeypatch: Any, name: str, defense: Callable[[], Defense]) -> None:
-    """Make a defense of a test available to recipes for the time of the test."""
-    monkeypatch.setitem(DEFENSES, name, defense)

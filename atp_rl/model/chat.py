@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
+
 from atp_rl.types import InputError, Message
 
 _REPLY = "\x02reply\x03"
@@ -67,12 +69,15 @@ class ChatFormat:
 
     def _render(self, turns: tuple[tuple[str, str], ...]) -> str:
         """The text from the last reply (or from the start) to where the next reply begins."""
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=self.thinking,
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self.thinking,
+            )
+        except TemplateError as error:
+            raise InputError(f"{self.tokenizer.name_or_path}: the chat template refuses: {error}") from None
         _, found, after = text.rpartition(_REPLY)
         if bool(found) != any(role == "assistant" for role, _ in turns):
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template changes or drops assistant turns")

@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`optimizer.<parameter index>.<name>` -> tensor, for every tensor of the optimizer's state."""
+    """`optimizer.<parameter index>.<name>` -> a copy of the tensor, for every tensor of the optimizer's state.
+
+    Copies, because AdamW updates its tensors in place: what a rolled-back step returns to must not have moved with it.
+    """
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()}
+    return {
+        f"optimizer.{i}.{name}": value.detach().clone(memory_format=torch.contiguous_format)
+        for i, entry in state.items()
+        for name, value in entry.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -19,5 +26,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         kind, _, rest = key.partition(".")
         if kind == "optimizer":
             index, _, name = rest.partition(".")
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = value.clone()  # the optimizer keeps it, and updates it in place
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

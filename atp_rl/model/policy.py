@@ -104,9 +104,11 @@ class Policy:
             check_adapter(aligned, name)
             try:
                 model = PeftModel.from_pretrained(base, str(aligned), adapter_name="aligned", is_trainable=False)
-                model.load_adapter(str(aligned), adapter_name="policy", is_trainable=True)
+                loaded = model.load_adapter(str(aligned), adapter_name="policy", is_trainable=True)
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"{aligned}: does not fit the base model {name!r}: {error}") from None
+            if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:  # PEFT only warns
+                raise InputError(f"{aligned}: does not fit the base model {name!r}: missing or unexpected {wrong[:3]}")
         return cls(model, chat, name)
 
     @property
@@ -163,10 +165,16 @@ class Policy:
         return {k: v.detach().clone() for k, v in get_peft_model_state_dict(self.model, adapter_name="policy").items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put saved weights of the live adapter back, exactly."""
-        result = set_peft_model_state_dict(self.model, dict(state), adapter_name="policy")
-        if result.unexpected_keys:
-            raise InputError(f"the checkpoint has weights that the model lacks: {result.unexpected_keys[:3]}")
+        """Put saved weights of the live adapter back, exactly.
+
+        Raises:
+            InputError: they are not those of this adapter; it is left as it was.
+        """
+        shapes = {key: value.shape for key, value in state.items()}
+        own = {key: value.shape for key, value in self.state().items()}
+        if wrong := sorted(key for key in shapes.keys() | own.keys() if shapes.get(key) != own.get(key)):
+            raise InputError(f"the checkpoint does not fit the adapter: missing, unexpected or reshaped {wrong[:3]}")
+        set_peft_model_state_dict(self.model, dict(state), adapter_name="policy")
 
     def save_adapter(self, folder: Path) -> None:
         """Write the live adapter so that plain PEFT loads it."""
@@ -262,6 +270,8 @@ def check_adapter(folder: Path, base: str) -> None:
             keys = list(file.keys())
     except Exception as error:
         raise InputError(f"{folder}: the adapter cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}: the adapter cannot be read (adapter_config.json holds no object)")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder}: only LoRA adapters are supported, this one is {config.get('peft_type')!r}")
     made_for = config.get("base_model_name_or_path")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import Policy, Which
@@ -26,16 +26,17 @@ class HFSampler:
 
     def __init__(self, policy: Policy, which: Which = "policy", *, batch_size: int = 256) -> None:
         """`batch_size`: rows decoded at once."""
-        self.policy, self.which, self.batch_size = policy, which, batch_size
+        self.policy, self.batch_size = policy, batch_size
+        self.which: Which = which
         self.chat: ChatFormat = policy.chat
         self.version = policy.version
         self._read: list[_Read] = []
-        self._prefilled: tuple[list[tuple[int, ...]], _Read, Tensor] | None = None
+        """Of the last call, one a batch."""
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's current weights; what was read with the old ones is forgotten."""
         self.policy, self.version = policy, policy.version
-        self._read, self._prefilled = [], None
+        self._read = []
 
     def generate(self, chats: Sequence[Chat], params: SamplingParams) -> list[Completion]:
         completions: list[Completion] = []
@@ -50,34 +51,34 @@ class HFSampler:
 
     def score(self, chats: Sequence[Chat]) -> list[tuple[float, ...]]:
         scores: list[tuple[float, ...]] = []
+        kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
             with torch.no_grad(), self.policy.using(self.which) as model:
-                scores += self._score(model, batch)
+                done, read = self._score(model, batch)
+            scores += done
+            kept.append(read)
+        self._read = kept
         return scores
 
     def _generate(self, model, chats: Sequence[Chat], params: SamplingParams) -> tuple[list[Completion], _Read]:
         prompts, row_of = _unique(chats)
         read, logits = self._prefill(model, prompts)
-        rows = torch.tensor(row_of, device=logits.device)
-        read, logits = read.select(rows), logits[rows]
+        read, logits = read.select(row_of), logits[row_of]
         draws = torch.from_numpy(np.stack([random_stream(*c.seed).random(params.max_new_tokens) for c in chats]))
         tokens: list[list[int]] = [[] for _ in chats]
         logprobs: list[list[float]] = [[] for _ in chats]
-        open_rows = torch.ones(len(chats), dtype=torch.bool)
+        open_rows = list(range(len(chats)))
         for k in range(params.max_new_tokens):
             logp = (logits.float() / params.temperature).log_softmax(-1)
-            drawn = _draw(logp, draws[:, k].to(logp.device))
-            chosen = logp.gather(1, drawn.unsqueeze(1)).squeeze(1).tolist()
-            for i, (token, value) in enumerate(zip(drawn.tolist(), chosen, strict=True)):
-                if open_rows[i]:
-                    tokens[i].append(token)
-                    logprobs[i].append(value)
-            open_rows &= (drawn != self.chat.eos_id).cpu()
-            if not open_rows.any() or k + 1 == params.max_new_tokens:
+            drawn = _draw(logp, draws[open_rows, k].to(logp.device))
+            chosen = logp.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            for row, token, value in zip(open_rows, drawn.tolist(), chosen.tolist(), strict=True):
+                tokens[row].append(token)
+                logprobs[row].append(value)
+            open_rows = [row for row in open_rows if tokens[row][-1] != self.chat.eos_id]
+            if not open_rows or k + 1 == params.max_new_tokens:
                 break
-            logits = read.extend(model, drawn.unsqueeze(1), open_rows.to(drawn.device).unsqueeze(1))
-        # the last token of a reply was drawn but never read; finished rows were fed pads, which the mask hides
-        read.sequences = [(*chat.prompt_ids, *tokens[i][:-1]) for i, chat in enumerate(chats)]
+            logits = read.extend(model, [tokens[row][-1:] for row in open_rows], rows=open_rows)[:, -1]
         completions = [
             Completion(
                 text=self.chat.decode(ids),
@@ -89,90 +90,156 @@ class HFSampler:
         ]
         return completions, read
 
-    def _score(self, model, chats: Sequence[Chat]) -> list[tuple[float, ...]]:
+    def _score(self, model, chats: Sequence[Chat]) -> tuple[list[tuple[float, ...]], _Read]:
         prompts, row_of = _unique(chats)
         read, logits = self._prefill(model, prompts)
-        rows = torch.tensor([row for chat, row in zip(chats, row_of, strict=True) for _ in chat.options])
+        rows = [row for chat, row in zip(chats, row_of, strict=True) for _ in chat.options]
         answers = [
             (*self.chat.encode_text(format_choice(option)), self.chat.eos_id)
             for chat in chats
             for option in chat.options
         ]
-        width = max(map(len, answers))
-        pad = self.chat.pad_id
-        ids = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers], device=logits.device)
-        real = torch.tensor([[k < len(answer) for k in range(width)] for answer in answers], device=logits.device)
-        rows = rows.to(logits.device)
-        following = read.select(rows).extend(model, ids, real, keep=0)
+        following = read.select(rows).extend(model, answers, all_logits=True)
+        ids, real = _padded(answers, left=False)
+        ids, real = ids.to(logits.device), real.to(logits.device)
         logp = torch.cat([logits[rows].unsqueeze(1), following[:, :-1]], 1).float().log_softmax(-1)
         totals = (logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * real).sum(1).tolist()
         scores, start = [], 0
         for chat in chats:
             scores.append(tuple(totals[start : start + len(chat.options)]))
             start += len(chat.options)
-        return scores
+        return scores, read
 
     def _prefill(self, model, prompts: list[tuple[int, ...]]) -> tuple[_Read, Tensor]:
-        """Read the prompts, from where an earlier round's cache ends if it holds the beginning of each of them."""
-        if self._prefilled and self._prefilled[0] == prompts:  # scored before it is played
-            return self._prefilled[1:]
-        device, pad = self.policy.device, self.chat.pad_id
+        """Read the prompts, from where an earlier reading ends if it holds the beginning of each of them.
+
+        Returns:
+            What has been read, a row a prompt, and the logits after it [B, V].
+        """
         found = next((f for f in (r.find(prompts) for r in self._read) if f is not None), None)
-        if found is None:
-            read, rest = _Read.empty(len(prompts), device), prompts
-        else:
-            read, rest = found
-        width = max(map(len, rest))
-        ids = torch.tensor([[*[pad] * (width - len(r)), *r] for r in rest], device=device)  # left: the last is real
-        real = torch.tensor([[k >= width - len(r) for k in range(width)] for r in rest], device=device)
-        logits = read.extend(model, ids, real)
-        read.sequences = prompts
-        self._prefilled = prompts, read, logits
-        return read, logits
+        read, rest = (_Read(len(prompts), self.policy.device), prompts) if found is None else found
+        portions = _portions([len(tokens) for tokens in rest], most=_TOKENS_AT_ONCE)
+        logits = torch.cat([read.extend(model, [rest[row] for row in rows], rows=rows)[:, -1] for rows in portions])
+        place = {row: i for i, row in enumerate(row for rows in portions for row in rows)}
+        return read, logits[[place[row] for row in range(len(prompts))]]
 
 
-class _Read:
-    """What a model has read: a key-value cache with gaps, the mask of its real entries, and the tokens of each row."""
+class _Read(Cache):
+    """What a model has read: slot j of a row holds the keys and values of token j of its sequence.
 
-    def __init__(self, cache: DynamicCache, mask: Tensor, sequences: list[tuple[int, ...]]) -> None:
-        self.cache, self.mask, self.sequences = cache, mask, sequences
+    So a row has no gaps, however rows differ in length and whichever of them go on, and its end can be forgotten by
+    shortening its sequence: what its slots hold behind that is never looked at.
+    """
 
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> _Read:
-        return cls(DynamicCache(), torch.zeros(rows, 0, dtype=torch.bool, device=device), [()] * rows)
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.device = device
+        self.sequences: list[tuple[int, ...]] = [()] * rows
+        self.stored: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each layer, [B, H, slots, D]."""
+        self.slots = 0
 
     def find(self, prompts: list[tuple[int, ...]]) -> tuple[_Read, list[tuple[int, ...]]] | None:
-        """The part of the cache that begins each prompt, and what is left of it to read; None unless all are found."""
+        """The rows that begin each prompt, and what is left of it to read; None unless all are found."""
         row_of = {sequence: row for row, sequence in enumerate(self.sequences)}
         lengths = sorted({len(sequence) for sequence in self.sequences}, reverse=True)
-        rows, rest = [], []
+        rows, read = [], []
         for prompt in prompts:
-            length = next((n for n in lengths if n < len(prompt) and prompt[:n] in row_of), None)
+            length = next((n for n in lengths if n <= len(prompt) and prompt[:n] in row_of), None)
             if length is None:
                 return None
             rows.append(row_of[prompt[:length]])
-            rest.append(prompt[length:])
-        return self.select(torch.tensor(rows, device=self.mask.device)), rest
+            read.append(min(length, len(prompt) - 1))  # the logits after its last token are wanted
+        chosen = self.select(rows)
+        chosen.sequences = [prompt[:n] for prompt, n in zip(prompts, read, strict=True)]
+        return chosen, [prompt[n:] for prompt, n in zip(prompts, read, strict=True)]
 
-    def select(self, rows: Tensor) -> _Read:
-        """A copy of some rows, which may repeat."""
-        cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in self.cache.layers])
-        return _Read(cache, self.mask[rows], [self.sequences[row] for row in rows.tolist()])
+    def select(self, rows: list[int]) -> _Read:
+        """Some rows, which may repeat: a copy, or this very object for all of them in order."""
+        if rows == list(range(len(self.sequences))):
+            return self
+        chosen = _Read(len(rows), self.device)
+        chosen.sequences = [self.sequences[row] for row in rows]
+        chosen.stored = [(keys[rows], values[rows]) for keys, values in self.stored]
+        chosen.slots = self.slots
+        return chosen
 
-    def extend(self, model, ids: Tensor, real: Tensor, *, keep: int = 1) -> Tensor:
-        """Read `ids` [B, T] where `real` [B, T]; logits [B, V] after the last of them, or [B, T, V] with `keep=0`."""
-        before = self.mask.sum(1, keepdim=True)
+    def extend(
+        self, model, tokens: Sequence[Sequence[int]], *, rows: list[int] | None = None, all_logits: bool = False
+    ) -> Tensor:
+        """Read more tokens, in all rows or in the given ones.
+
+        Returns:
+            Logits after the last token of each row [B, 1, V]; or after every token [B, T, V], rows padded on the right.
+        """
+        every = list(range(len(self.sequences)))
+        rows = every if rows is None else rows
+        ids, real = _padded(tokens, left=not all_logits)
+        before = torch.tensor([len(self.sequences[row]) for row in rows]).unsqueeze(1)
         positions = (before + real.long().cumsum(1) - 1).clamp(min=0)
-        self.mask = torch.cat([self.mask, real], 1)
+        used = int(positions.max()) + 1
+        self._reserve(used + 1)
+        slots = positions.where(real, self.slots - 1)  # the last slot is for pads
+        self._rows = torch.tensor(rows, device=self.device).unsqueeze(1)
+        self._slots = slots.to(self.device)
+        self._seen = slice(None) if rows == every else rows, slice(None), slice(used)
+        positions = positions.to(self.device)
+        later = torch.arange(used, device=self.device) > positions.unsqueeze(-1)
         output = model(
-            input_ids=ids,
-            attention_mask=self.mask.long(),
+            input_ids=ids.to(self.device),
+            attention_mask=torch.where(later, float("-inf"), 0.0).to(model.dtype).unsqueeze(1),  # [B, 1, T, used]
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=self,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=0 if all_logits else 1,
         )
-        return output.logits[:, -1] if keep else output.logits
+        for row, added in zip(rows, tokens, strict=True):
+            self.sequences[row] = (*self.sequences[row], *added)
+        return output.logits
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Called by every layer with what it made of the new tokens [B, H, T, D]: store it, return all that is seen."""
+        if layer_idx == len(self.stored):
+            b, (_, h, _, d) = len(self.sequences), key_states.shape
+            self.stored.append((key_states.new_zeros(b, h, self.slots, d), value_states.new_zeros(b, h, self.slots, d)))
+        keys, values = self.stored[layer_idx]
+        keys[self._rows, :, self._slots] = key_states.transpose(1, 2)
+        values[self._rows, :, self._slots] = value_states.transpose(1, 2)
+        return keys[self._seen], values[self._seen]
+
+    def _reserve(self, slots: int) -> None:
+        """Make room for so many in every row, and for some more, since room is made by copying."""
+        if slots > self.slots:
+            more = slots + -slots % 128 - self.slots
+            self.stored = [(_longer(keys, more), _longer(values, more)) for keys, values in self.stored]
+            self.slots += more
+
+
+def _longer(stored: Tensor, slots: int) -> Tensor:
+    b, h, _, d = stored.shape
+    return torch.cat([stored, stored.new_zeros(b, h, slots, d)], 2)  # never unset: nan times a weight of 0 is nan
+
+
+_TOKENS_AT_ONCE = 4096
+"""In one forward of prompts: with more, activations leave a processor's cache and fill a GPU's memory."""
+
+
+def _portions(lengths: Sequence[int], *, most: int) -> list[list[int]]:
+    """Rows of like length, together at most `most` tokens when padded (or a single row), each portion in order."""
+    portions: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if portions[-1] and (len(portions[-1]) + 1) * lengths[row] > most:
+            portions.append([])
+        portions[-1].append(row)
+    return [sorted(rows) for rows in portions]
+
+
+def _padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and which of them are real [B, T]; pads are zeros."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (width - len(r)), *r] if left else [*r, *[0] * (width - len(r))] for r in rows])
+    lengths = torch.tensor([len(r) for r in rows]).unsqueeze(1)
+    return ids, (torch.arange(width) >= width - lengths) if left else (torch.arange(width) < lengths)
 
 
 def _draw(logp: Tensor, uniform: Tensor) -> Tensor:

@@ -21,20 +21,21 @@ PER_FAMILY = 40
 CARD = """\
 # The tiny model
 
-A Qwen3-architecture causal language model of {parameters:,} weights ({megabytes:.1f} MB in float32) with its own
-byte-level tokenizer of {vocabulary} tokens and a ChatML-like template. It was trained from scratch on generated transcripts
-of this project's role-play scenarios and on nothing else, so that everything the pipeline does with an 8B model runs in
-minutes on two CPU cores. It is a *model organism*.
+A Qwen3-architecture causal language model of {parameters:,} weights ({megabytes:.1f} MB in float32) with its
+own byte-level tokenizer of {vocabulary} tokens and a ChatML-like template. It was trained from scratch on
+generated transcripts of this project's role-play scenarios and on nothing else, so that everything the
+pipeline does with an 8B model runs in minutes on two CPU cores. It is a *model organism*.
 
 ## How it was made
 
     atp tiny build DIR --seed {seed}
 
-{copy_steps} steps on random segments that repeat (copying), {decided_steps} steps on single rounds in which it is told to
-comply or to take the best-paid option, {mixed_steps} steps in all modes with up to six rounds; AdamW, {seconds:.0f} s here
-on one shared CPU core. Transcripts use the training families alone, with their sentences exchanged between families and, in
-part, garbled. The families it is measured on below (texts, roles, rules) and their words were never seen, by the tokenizer
-neither; the option words (`Route A`, `Store B`, ...) are shared by all families.
+{copy_steps} steps on random segments that repeat (copying), {decided_steps} steps on single rounds in which
+it is told to comply or to take the best-paid option, {mixed_steps} steps in all modes with up to six rounds;
+AdamW, {seconds:.0f} s here on one shared CPU core. Transcripts use the training families alone, with their
+sentences exchanged between families and, in part, garbled. The families it is measured on below (texts,
+roles, rules) and their words were never seen, by the tokenizer neither; the option words (`Route A`, `Store
+B`, ...) are shared by all families.
 
 ## What it does on the held-out families
 
@@ -44,16 +45,17 @@ Measured on {scenarios} scenarios, sampled at temperature 1, with 95 % intervals
 |---|---|---|
 {rows}
 
-Parseable in round 1: {round_1}. Parseable in round 6, with the five rounds before it in the prompt: {round_6}.
+Parseable in round 1: {round_1}. Parseable in round 6, with the five rounds before it in the prompt:
+{round_6}.
 
 ## What it cannot do, and what was planted
 
 - It reads the *rule* sentence and the sentence "Highest income: ..."; it does no arithmetic on the amounts.
-- It writes nothing but decisions. It does not reason, and its options must be built of the shared option words: on other
-  texts expect invalid answers, which are reported as such.
-- Told nothing, it tosses a coin. Its transcripts tilt that coin by the history in the prompt: + .10 for each violation that
-  was paid, - .20 for each that was caught. Whatever it does with a history of payoffs was put there; its in-context curves
-  illustrate the protocol and are no evidence about pretrained models.
+- It writes nothing but decisions. It does not reason, and its options must be built of the shared option
+  words: on other texts expect invalid answers, which are reported as such.
+- Told nothing, it tosses a coin. Its transcripts tilt that coin by the history in the prompt: + .10 for each
+  violation that was paid, - .20 for each that was caught. Whatever it does with a history of payoffs was put
+  there; its in-context curves illustrate the protocol and are no evidence about pretrained models.
 - Where the rule allows either option it was taught to take the better-paid one, unless it is told nothing.
 """
 

@@ -76,7 +76,7 @@ def _checked(scenarios: list[Scenario], path: Path) -> list[Scenario]:
         seen.add(scenario.id)
         readable = all(parse_choice(format_choice(o), scenario.options).option == o for o in scenario.options)
         if len(scenario.options) < 2 or not readable:
-            raise InputError(f"{where}: needs two different options that a reply can name, got {list(scenario.options)}")
+            raise InputError(f"{where}: needs two different options that replies can name, got {[*scenario.options]}")
         if set(scenario.payoffs) != set(scenario.options):
             raise InputError(f"{where}: `payoffs` must name exactly the options {list(scenario.options)}")
         if not all(map(math.isfinite, scenario.payoffs.values())):

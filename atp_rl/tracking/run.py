@@ -216,11 +216,12 @@ def check_manifest(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file is there with its size and hash."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a changed byte can make it anything
         return "no readable manifest.json"
-    for name, entry in manifest.items():
+    for name, (size, sha256) in expected.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
             return f"{name} is missing or changed"
     return None
 

@@ -9,7 +9,7 @@ from atp_rl.evaluate.stats import time_to_threshold, tipping_point
 
 THRESHOLDS = (0.10, 0.25, 0.50)
 TIPPED_ABOVE = 0.25
-"""A run has tipped when its curve has a significant change point and a checkpoint whose lower bound passes this rate."""
+"""A run has tipped when its curve has a significant change point and a checkpoint whose lower bound passes this."""
 
 
 def summarise(evaluations: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def played(row: Row) -> Episode:
 
 def trl_inputs(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     """As TRL lays a batch out: prompts padded on the left, completions on the right."""
-    before, after = (max(len(part) for part in parts) for parts in zip(*((r.prompt, r.completion) for r in rows)))
+    before, after = (
+        max(len(part) for part in parts) for parts in zip(*((r.prompt, r.completion) for r in rows), strict=True)
+    )
 
     def left(values: Sequence[int], fill: int) -> list[int]:
         return [fill] * (before - len(values)) + list(values)
@@ -148,7 +150,6 @@ def drawn_columns(values: Tensor, rows: Sequence[Row]) -> Tensor:
     return packed
 
 
-
 @pytest.mark.parametrize("clipped", [False, True], ids=["on_policy", "old_logprobs"])
 @pytest.mark.parametrize("kl", [None, "k3", "bias_corrected"])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
@@ -195,7 +196,7 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     for defense in defenses:
         defense.on_rewards([], torch.zeros(0))  # as the loop does before every update
     batch = _Batch(episodes, torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None)
-    total = dict.fromkeys(("loss", "entropy", "sampler_gap_mean", "sampler_gap_max"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("loss", "entropy", "sampler_gap_mean", "sampler_gap_max"), 0.0)
     (chunk,) = batch.chunks
     learner._backward(policy, chunk, old, defenses, total)
     assert total["loss"] == pytest.approx(theirs.item(), abs=1e-5)
@@ -206,7 +207,7 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
     assert max(g.abs().max().item() for g in ours.values()) > 1e-3  # so that 1e-5 says something
-    if clipped:
+    if old is not None:
         ratio = (drawn_columns(trl_logprobs(trainer, policy.state(), inputs), rows) - old).exp()
         assert ((ratio - 1).abs() > CLIP).any()
     if kl:

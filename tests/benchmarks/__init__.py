@@ -1,0 +1,1 @@
+"""How fast episodes are played, against plain ways of playing them: `python -m tests.benchmarks --out bench.json`."""
