@@ -118,7 +118,8 @@ class PolicyGradient:
                 self._backward(policy, chunk, old_logprobs, defenses, total)
             for defense in defenses:
                 defense.on_gradients(policy)
-            total["grad_norm"] += float(self.accelerator.clip_grad_norm_(policy.trainable, self.max_grad_norm))
+            norm = self.accelerator.clip_grad_norm_(policy.trainable, self.max_grad_norm)
+            total["grad_norm"] += 0.0 if norm is None else float(norm)
             self.optimizer.step()
             self.updates += 1
         policy.version += 1

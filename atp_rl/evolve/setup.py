@@ -160,7 +160,7 @@ def save(
         "probe": probe,
     }
     checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
-    run.save_checkpoint(checkpoint, policy.model.peft_config["policy"], policy.name, keep=recipe.run.keep)
+    run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep)
 
 
 def _supervision(supervision: Any) -> Any:

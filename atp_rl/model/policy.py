@@ -112,6 +112,13 @@ class Policy:
         return cls(model, chat, name)
 
     @property
+    def lora(self) -> LoraConfig:
+        """The shape of the live adapter."""
+        config = self.model.peft_config["policy"]
+        assert isinstance(config, LoraConfig)
+        return config
+
+    @property
     def device(self) -> torch.device:
         return self.trainable[0].device
 
@@ -179,7 +186,7 @@ class Policy:
     def save_adapter(self, folder: Path) -> None:
         """Write the live adapter so that plain PEFT loads it."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(self.state(), self.model.peft_config["policy"], self.name, folder)
+        write_adapter(self.state(), self.lora, self.name, folder)
 
     def adapter_hash(self, which: Which) -> str:
         """SHA-256 over an adapter's weights; of the word 'base' where the anchor is the bare model."""
@@ -210,7 +217,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     model.requires_grad_(False)
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.cuda() if torch.cuda.is_available() else model
 
 
 def acted_logits(
