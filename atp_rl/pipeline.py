@@ -153,7 +153,7 @@ def run_name(recipe: Recipe) -> str:
     return recipe.run.name or Path(recipe.run.dir).name
 
 
-def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[Any]:
     """Measure saved checkpoints of a run again; the results are also appended to its `reevaluations.jsonl`.
 
     Args:

@@ -402,9 +402,14 @@ def test_learning_moves_the_live_adapter_alone(which, request):
 
 def test_using_the_anchor_ends_even_where_it_fails(anchored):
     before = anchored.acted_tokens([[5, 6, 7]], [[2]]).logprobs
-    with pytest.raises(RuntimeError, match="stop"), anchored.using("aligned") as model:
-        assert not any(p.requires_grad for p in model.parameters())  # PEFT makes trainable whatever it activates
-        raise RuntimeError("stop")
+
+    def fails():
+        with anchored.using("aligned") as model:
+            assert not any(p.requires_grad for p in model.parameters())  # PEFT makes trainable whatever it activates
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
     after = anchored.acted_tokens([[5, 6, 7]], [[2]]).logprobs
     assert torch.equal(before, after)
     assert after.requires_grad

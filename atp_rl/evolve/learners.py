@@ -109,7 +109,8 @@ class PolicyGradient:
             advantages = defense.on_advantages(groups, advantages)
         episodes = [episode for group in groups for episode in group]
         batch = _Batch(episodes, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
-        total = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap_mean", "sampler_gap_max"), 0.0)
+        sums = ("loss", "entropy", "grad_norm", "sampler_gap_mean", "sampler_gap_max")
+        total: dict[str, float] = dict.fromkeys(sums, 0.0)
         old = [None] * len(batch.chunks) if self.updates_per_step == 1 else self._old_logprobs(policy, batch)
         for _ in range(self.updates_per_step):
             self._set_learning_rate()

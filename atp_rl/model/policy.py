@@ -217,7 +217,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     model.requires_grad_(False)
-    return model.cuda() if torch.cuda.is_available() else model
+    return torch.nn.Module.cuda(model) if torch.cuda.is_available() else model
 
 
 def acted_logits(

@@ -118,8 +118,8 @@ def make_model(plan: BuildPlan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         initializer_range=0.06,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.vocab["<|im_end|>"],
+        pad_token_id=tokenizer.vocab["<|endoftext|>"],
         bos_token_id=None,
     )
     return Qwen3ForCausalLM(config).float()
