@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 bad input, 75 interrupted and resumable.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -180,13 +181,15 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    warnings.filterwarnings("ignore", message="Could not find a config file in tiny")  # PEFT asks a folder of that name
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
     try:
         app()
     except InputError as error:
         print(f"atp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("atp: stopped at once; `atp resume` continues a run from its last checkpoint", file=sys.stderr)
+        print("atp: stopped; the same command continues a demo or a build, and `atp resume` a run", file=sys.stderr)
         sys.exit(75)
     except Exception as error:
         from atp_rl.tracking.run import Interrupted

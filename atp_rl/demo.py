@@ -57,7 +57,8 @@ def run_demo(out: Path, *, workers: int) -> None:
         raise InputError("the demo reads the recipes of a source checkout; clone the repository and run it there")
     if out.exists() and any(out.iterdir()) and not (out / "align").exists():
         raise InputError(f"{out}: is not empty and holds no demo; choose another folder with --out")
-    begun = time.perf_counter()
+    begun, complete = time.perf_counter(), (out / "summary.json").exists()
+    missing = [member for member in MEMBERS if not (out / member.folder / "summary.json").exists()]
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "align" / "aligned").exists():
         print("aligning the tiny model with DPO", flush=True)
@@ -71,12 +72,17 @@ def run_demo(out: Path, *, workers: int) -> None:
             _atp("evolve", folder, [ROLE_PLAY, *member.overlays], overrides, threads=1)
 
     with ThreadPoolExecutor(workers) as pool, progress(len(MEMBERS), "demo") as report:
+        report(0, "evolving")
         results = [pool.submit(play, member) for member in MEMBERS]
-        for done, (member, result) in enumerate(zip(MEMBERS, results, strict=True), 1):
-            result.result()
-            summary = json.loads((out / member.folder / "summary.json").read_text())
-            ends = f"violations {summary['aligned']['violation_rate']:.0%} -> {summary['final']['violation_rate']:.0%}"
-            report(done, f"{member.arm} seed {member.seed}: {ends}", important=True)
+        try:
+            for done, (member, result) in enumerate(zip(MEMBERS, results, strict=True), 1):
+                result.result()
+                run = json.loads((out / member.folder / "summary.json").read_text())
+                ends = f"violations {run['aligned']['violation_rate']:.0%} -> {run['final']['violation_rate']:.0%}"
+                report(done, f"{member.arm} seed {member.seed}: {ends}", important=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those that run get the signal too, and save; no other one starts
+            raise
     arms = [
         json.loads((out / member.folder / "summary.json").read_text()) | {"dir": member.folder} for member in MEMBERS
     ]
@@ -90,7 +96,7 @@ def run_demo(out: Path, *, workers: int) -> None:
         "wall_seconds": round(time.perf_counter() - begun, 1),
         "arms": arms,
     }
-    if not (out / "summary.json").exists():
+    if missing or not complete:
         write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     path = write_report([out], out / "report.html")
     Console(width=None if sys.stdout.isatty() else 160).print(table(expand([out])))

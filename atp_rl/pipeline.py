@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 
 import reward_models
 from atp_rl.align import run_alignment
+from atp_rl.align.trainer import trl_config
 from atp_rl.evolve.loop import evolve
 from atp_rl.evolve.setup import evaluate_suites, load_policy, lora_config
-from atp_rl.model.policy import base_path, check_adapter
+from atp_rl.model.policy import base_path, check_adapter, check_model
 from atp_rl.model.sampler import HFSampler
-from atp_rl.recipe import Recipe, check_defenses, check_trl_options, dump, load
+from atp_rl.recipe import Recipe, check_defenses, dump, load
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.tracking.progress import progress
 from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_border
 from atp_rl.tracking.summary import summarise
-from atp_rl.tracking.wandb_mirror import WandbMirror
+from atp_rl.tracking.wandb_mirror import WandbMirror, resolve_mode
 from atp_rl.types import InputError, SamplingParams
 
 
@@ -30,25 +31,31 @@ def check(recipe: Recipe) -> Suites:
     """Find everything that can be wrong with a recipe before anything expensive starts or is written.
 
     Raises:
-        InputError: scenario files, defenses, TRL options, reward models, adapters, model directory.
+        InputError: scenario files, defenses, W&B mode, TRL options, reward models, adapters, model directory.
     """
     suites = suites_of(recipe)
     check_defenses(recipe.defenses)
+    resolve_mode(recipe.track.wandb)
     name = recipe.model.name
     if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():
         raise InputError(f"`model.name`: no such directory: {name}")
-    if recipe.align and recipe.align.adapter:
-        check_adapter(Path(recipe.align.adapter), name)
-    elif recipe.align and recipe.align.method:
-        check_trl_options(recipe.align.method, recipe.align.trl)
+    for adapter in _adapters(recipe):
+        check_adapter(adapter, name)
+    if recipe.align and recipe.align.method and not recipe.align.adapter:
+        trl_config(recipe.align.method, recipe.align.trl, out=Path(), seed=recipe.seed, thinking=recipe.model.thinking)
     if recipe.evolve:
-        if recipe.evolve.start_from not in ("aligned", "base"):
-            check_adapter(Path(recipe.evolve.start_from), name)
         for reward in recipe.evolve.rewards:
             if reward not in reward_models.REWARD_MODELS:
                 known = ", ".join(reward_models.REWARD_MODELS)
                 raise InputError(f"`evolve.rewards`: unknown reward model {reward!r}; known: {known}")
     return suites
+
+
+def _adapters(recipe: Recipe) -> list[Path]:
+    """Directories of the adapters that a recipe takes from elsewhere."""
+    aligned = [Path(recipe.align.adapter)] if recipe.align and recipe.align.adapter else []
+    start = recipe.evolve.start_from if recipe.evolve else "aligned"
+    return aligned if start in ("aligned", "base") else [*aligned, Path(start)]
 
 
 def suites_of(recipe: Recipe) -> Suites:
@@ -66,7 +73,14 @@ def suites_of(recipe: Recipe) -> Suites:
         align=recipe.align.per_family if recipe.align else 1,
         gate=measured.gate_per_family,
         report=measured.per_family,
+        trained_on=_learns(recipe),
     )
+
+
+def _learns(recipe: Recipe) -> bool:
+    """Whether a stage of the recipe trains on its scenarios."""
+    aligns = recipe.align is not None and recipe.align.adapter is None
+    return aligns or recipe.evolve is None or recipe.evolve.learner != "in_context"
 
 
 def plan(recipe: Recipe, suites: Suites) -> list[str]:
@@ -98,6 +112,8 @@ def run(recipe: Recipe) -> Path:
         Interrupted: after a signal; `resume` continues.
     """
     suites = check(recipe)
+    model = recipe.model
+    check_model(model.name, _adapters(recipe), revision=model.revision, thinking=model.thinking)
     directory = Run.create(Path(recipe.run.dir), dump(recipe))
     return _stages(recipe, directory, suites)
 
@@ -173,18 +189,19 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     suites = suites_of(recipe)
     policy = load_policy(recipe, _anchor(recipe, run))
     sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
-    for step, folder in folders.items():
-        if checkpoint not in ("all", step):
-            continue
-        if problem := check_manifest(folder):
-            raise InputError(f"{folder}: broken checkpoint ({problem})")
-        policy.restore(load_file(folder / "adapter_model.safetensors"))
-        sampler.sync(policy)
-        record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
-        records.append(record | {"overrides": list(overrides)})
-        with (path / "reevaluations.jsonl").open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+    with progress(len(chosen), "evaluate") as report:
+        for step, folder in chosen.items():
+            if problem := check_manifest(folder):
+                raise InputError(f"{folder}: broken checkpoint ({problem})")
+            policy.restore(load_file(folder / "adapter_model.safetensors"))
+            sampler.sync(policy)
+            record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
+            records.append(record | {"overrides": list(overrides)})
+            with (path / "reevaluations.jsonl").open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+            report(len(records), f"step {step}")
     return records
 
 

@@ -238,7 +238,7 @@ class Evaluate(_Strict):
     every: Count = 5
     """Steps between two evaluations for the report."""
     per_family: Count = 8
-    """Scenarios per family."""
+    """Scenarios per held-out family; of held-in ones there are about as many in all."""
     samples: Count = 1
     """Episodes per scenario."""
     rounds: Count | None = None
@@ -347,19 +347,15 @@ def json_schema() -> dict[str, Any]:
 
 
 def check_trl_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise InputError if TRL's config for this method lacks an option, or atp_rl sets it itself. Imports TRL: slow."""
+    """Raise InputError unless TRL's config for this method has these options, with such types. Imports TRL: slow."""
     import trl
 
     config = {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[method]
-    known = {field.name for field in dataclasses.fields(config) if field.init} - RESERVED
     problems = [f"`align.trl.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
-    problems += [
-        f"unknown option `align.trl.{o}` of trl.{config.__name__}{_did_you_mean(o, known)}"
-        for o in options
-        if o not in known | RESERVED
-    ]
-    if problems:
-        raise InputError("\n".join(problems))
+    free = {option: value for option, value in options.items() if option not in RESERVED}
+    _, wrong = _options(config, free, at="align.trl", of=f"trl.{config.__name__}", hidden=RESERVED)
+    if problems + wrong:
+        raise InputError("\n".join(problems + wrong))
 
 
 def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
@@ -368,29 +364,39 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
 
     built, problems = [], []
     for i, spec in enumerate(specs):
+        at = f"defenses[{i}]"
         if spec.name not in DEFENSES:
-            hint = _did_you_mean(spec.name, DEFENSES)
-            problems.append(f"`defenses[{i}].name`: unknown defense '{spec.name}'{hint}")
+            problems.append(f"`{at}.name`: unknown defense '{spec.name}'{_did_you_mean(spec.name, DEFENSES)}")
             continue
-        cls, options, wrong = DEFENSES[spec.name], {}, []
-        known = {field.name for field in dataclasses.fields(cls) if field.init}
-        types = typing.get_type_hints(cls, include_extras=True)
-        for option, value in spec.options.items():
-            if option not in known:
-                wrong.append(f"unknown option `defenses[{i}].{option}` of {spec.name}{_did_you_mean(option, known)}")
-                continue
-            try:  # by way of JSON, because there strict still takes a list for a tuple
-                options[option] = TypeAdapter(types[option]).validate_json(json.dumps(value, default=str), strict=True)
-            except ValidationError as error:
-                wrong += [f"`{_dotted('defenses', i, option, *e['loc'])}` {_explain(e)}" for e in error.errors()]
+        options, wrong = _options(DEFENSES[spec.name], spec.options, at=at, of=spec.name)
         try:
-            built += [] if wrong else [cls(**options)]
+            built += [] if wrong else [DEFENSES[spec.name](**options)]
         except (TypeError, ValueError) as error:
-            wrong.append(f"`defenses[{i}]` ({spec.name}): {error}")
+            wrong.append(f"`{at}` ({spec.name}): {error}")
         problems += wrong
     if problems:
         raise InputError("\n".join(problems))
     return built
+
+
+def _options(
+    cls: Any, values: Mapping[str, Any], *, at: str, of: str, hidden: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Values checked against the fields of a dataclass: those that fit, and what is wrong with the others."""
+    known = {field.name for field in dataclasses.fields(cls) if field.init} - set(hidden)
+    types = typing.get_type_hints(cls, include_extras=True)
+    options, wrong = {}, []
+    for option, value in values.items():
+        if option not in known:
+            wrong.append(f"unknown option `{at}.{option}` of {of}{_did_you_mean(option, known)}")
+            continue
+        try:  # by way of JSON, because there strict still takes a list for a tuple
+            options[option] = TypeAdapter(types[option]).validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]  # of a union, there is one for each of its branches
+            place = [part for part in first["loc"] if isinstance(part, int)]
+            wrong.append(f"`{_dotted(at, option, *place)}` {_explain(first)}")
+    return options, wrong
 
 
 def _read_file(path: str) -> Any:

@@ -6,16 +6,19 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
+from atp_rl.evaluate import drift
 from atp_rl.evaluate.drift import adapter_distance, kl_to_aligned
 from atp_rl.evaluate.evaluator import decision_propensity, evaluate, measure, tally
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import load_base
+from atp_rl.model.portions import portions
 from atp_rl.model.sampler import HFSampler, TextSampler
 from atp_rl.rollout import Play
 from atp_rl.scenarios import load, make_env
@@ -246,11 +249,11 @@ def turns_of(policy) -> list[Turn]:
 @pytest.mark.parametrize("anchored", [True, False])
 def test_the_kl_of_equal_weights_is_zero(anchored):
     policy = make_policy(anchored=anchored)  # a fresh adapter changes nothing about the base
-    assert kl_to_aligned(policy, turns_of(policy), batch_size=8) == pytest.approx(0, abs=1e-6)
+    assert kl_to_aligned(policy, turns_of(policy)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_the_kl_is_that_of_every_reply_computed_alone(anchored):
+def test_the_kl_is_that_of_every_reply_computed_alone(anchored, monkeypatch):
     policy = make_policy(anchored=anchored)
     nudge(policy, 0.05, seed=4)
     turns = turns_of(policy)
@@ -267,8 +270,9 @@ def test_the_kl_is_that_of_every_reply_computed_alone(anchored):
         total += (p.exp() * (p - q)).sum().item()
     expected = total / len(turns)
     assert expected > 1e-3
-    for batch_size in (100, 4, 1):
-        assert kl_to_aligned(policy, turns, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
+    for most in (10_000, 1_000, 1):  # the last one puts every reply into a forward of its own
+        monkeypatch.setattr(drift, "portions", partial(portions, most=most))
+        assert kl_to_aligned(policy, turns) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_kl_by_hand():
@@ -291,11 +295,11 @@ def test_the_kl_by_hand():
 
     per_token = (math.log(2) + math.log(2 / 3)) / 2
     turns = [turn((1, 0), (1,)), turn((1,), (0, 0, 1))]
-    assert kl_to_aligned(Pair(), turns, batch_size=9) == pytest.approx(2 * per_token, abs=1e-6)  # pyright: ignore[reportArgumentType]
+    assert kl_to_aligned(Pair(), turns) == pytest.approx(2 * per_token, abs=1e-6)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_turns_have_no_kl():
-    assert kl_to_aligned(make_policy(), [], batch_size=4) is None
+    assert kl_to_aligned(make_policy(), []) is None
 
 
 def test_the_distance_of_adapters_is_euclidean():

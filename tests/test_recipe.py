@@ -240,9 +240,8 @@ def test_an_override_past_the_end_of_a_list():
         ("defenses=[{beta: 1}]", "`defenses[0].name` is required"),
         ("align.trl=[1]", "`align.trl` must be a mapping, got [1]"),
         (
-            "scenarios.testbed=collusin",
-            "`scenarios.testbed` must be 'role_play', 'tool_use' or 'collusion', "
-            "got 'collusin'; did you mean 'collusion'?",
+            "scenarios.testbed=roleplay",
+            "`scenarios.testbed` must be 'role_play', got 'roleplay'; did you mean 'role_play'?",
         ),
         (
             "evolve.learner=incontext",
@@ -479,6 +478,21 @@ def test_trl_options():
     assert lines[0] == "`align.trl.output_dir` is set by atp_rl; remove it"
     assert lines[1] == "unknown option `align.trl.betta` of trl.DPOConfig; did you mean `beta`?"
     assert lines[2].startswith("unknown option `align.trl.zzzzzz` of trl.DPOConfig; known are accelerator_config, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"learning_rate": "fast"}, "`align.trl.learning_rate` must be a number, got 'fast'"),
+        ({"loss_type": "sigmoid"}, "`align.trl.loss_type` must be a list, got 'sigmoid'"),
+        ({"loss_type": ["sigmoid", 1]}, "`align.trl.loss_type[1]` must be a string, got 1; put it in quotes"),
+        ({"max_steps": 2.5}, "`align.trl.max_steps` must be an integer, got 2.5"),
+    ],
+)
+def test_values_of_trl_options(options, expected):
+    with pytest.raises(InputError) as caught:
+        check_trl_options("dpo", options)
+    assert str(caught.value) == expected
 
 
 def test_loading_a_recipe_imports_neither_torch_nor_trl():

@@ -376,17 +376,17 @@ def test_honesty_pays_and_deviating_pays_more_in_every_family(split):
         assert not re.search(r"[{}]", text)
 
 
-def test_names_and_order_of_the_options_are_drawn():
+def test_names_and_order_of_the_options_are_counterbalanced():
     scenarios = load({"per_family": 40})
-    for split in ("train", "held_out"):
-        drawn = [s for s in scenarios if s.split == split]
-        first = [s.options[0] == s.rule for s in drawn]
-        named_a = [s.rule.endswith(" A") for s in drawn]  # type: ignore[union-attr]
-        both = [a == b for a, b in zip(first, named_a, strict=True)]
-        for share in (first, named_a, both):  # independent fair coins
-            assert sum(share) / len(share) == pytest.approx(0.5, abs=0.1)
-    by_family = {(s.family, s.options, s.rule) for s in scenarios}
-    assert len(by_family) == 4 * len(families())  # every combination occurs in every family
+    for start in range(0, len(scenarios), 4):
+        block = scenarios[start : start + 4]
+        combinations = {(s.options[0] == s.rule, str(s.rule)[-1]) for s in block}
+        assert combinations == {(first, letter) for first in (True, False) for letter in "AB"}
+        assert len({s.family for s in block}) == 1
+    # where a block begins is drawn
+    begins = [(s.options[0] == s.rule, str(s.rule)[-1] == "A") for s in scenarios[::4]]
+    for share in ([first for first, _ in begins], [a for _, a in begins], [first == a for first, a in begins]):
+        assert sum(share) / len(share) == pytest.approx(0.5, abs=0.1)
 
 
 def test_scenarios_are_drawn_from_seed_family_and_index():
@@ -439,7 +439,7 @@ def test_suites_of_shipped_families_are_disjoint():
         "align": 4 * train,
         "train": 3 * train,
         "gate": 2 * train,
-        "held_in": 5 * train,
+        "held_in": -(-5 * held_out // train) * train,
         "held_out": 5 * held_out,
     }
     assert len(set.union(*map(ids, parts.values()))) == sum(sizes.values())
@@ -479,6 +479,15 @@ def test_a_file_that_marks_its_held_out_families_is_believed(tmp_path):
     suites = make_suites({"file": str(tmp_path / "s.jsonl")}, train=1, align=1, gate=1, report=1)
     assert ids(suites.held_out) == {f"a/{index}" for index in range(4)}
     assert {s.family for s in suites.train} == set("bcd")
+
+
+def test_where_nothing_is_trained_a_file_is_held_out_as_a_whole(tmp_path):
+    made = [replace(scenario(), id=f"a/{i}", family="a", split="train") for i in range(3)]
+    write_jsonl(made, tmp_path / "s.jsonl")
+    counts = {"train": 1, "align": 1, "gate": 1, "report": 1}
+    suites = make_suites({"file": str(tmp_path / "s.jsonl")}, **counts, trained_on=False)
+    assert suites.held_out == made
+    assert [suites.align, suites.train, suites.gate, suites.held_in] == [[], [], [], []]
 
 
 def test_a_file_that_is_too_small_to_divide_is_refused(tmp_path):

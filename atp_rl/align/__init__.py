@@ -61,6 +61,7 @@ def run_alignment(
         InputError: a bad option of TRL (before anything is sampled), no pair at all, or a training that led nowhere.
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
+    print(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
     policy = Policy.load(base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking)
     preferences = make_pairs(
         scenarios,
@@ -79,6 +80,7 @@ def run_alignment(
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(preferences.pairs, out / "pairs.jsonl")
     (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
+    print(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
     train, rows = {
         "sft": (sft.train, preferences.pairs),
         "dpo": (dpo.train, preferences.pairs),

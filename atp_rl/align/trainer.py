@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from atp_rl.model.policy import hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
+from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.types import InputError
 
 Metrics = dict[str, Any]
@@ -44,7 +45,7 @@ def trl_config(method: str, trl_options: Mapping[str, Any], *, out: Path, seed: 
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
         "save_strategy": "no",
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,  # `_Progress` shows it
     }
     if method == "grpo":
         defaults["chat_template_kwargs"] = {"enable_thinking": thinking}
@@ -104,13 +105,16 @@ def fit(
         **arguments,
     )
     trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
+    shown = ExitStack()
+    trainer.add_callback(_Progress(trainer_class.__name__, shown))
     if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
         raise RuntimeError("the trainer's reference policy is not the base model")
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if trainable == 0:
         raise RuntimeError("the adapter has no trainable parameter")
     before = hash_tensors(_adapter(trainer.model))
-    result = trainer.train()
+    with shown:
+        result = trainer.train()
     adapter = _adapter(trainer.model)
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
@@ -129,6 +133,25 @@ def fit(
         "trainable_parameters": trainable,
         "adapter_sha256": hash_tensors(adapter),
     }
+
+
+class _Progress(TrainerCallback):
+    """Shows the steps of a trainer as every other stage shows its own; ends with `until`."""
+
+    def __init__(self, label: str, until: ExitStack) -> None:
+        self.label, self.until = label, until
+        self.report: Report = silent
+        self.news = ""
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self.report = self.until.enter_context(progress(state.max_steps, self.label))
+
+    def on_log(self, args, state, control, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.news = f"loss {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        self.report(state.global_step, self.news)
 
 
 def _adapter(model: Any) -> dict[str, Tensor]:

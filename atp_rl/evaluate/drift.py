@@ -7,25 +7,23 @@ from collections.abc import Sequence
 import torch
 
 from atp_rl.model.policy import Policy, acted_logits
+from atp_rl.model.portions import portions
 from atp_rl.types import Turn
 
 
-def kl_to_aligned(policy: Policy, turns: Sequence[Turn], *, batch_size: int) -> float | None:
+def kl_to_aligned(policy: Policy, turns: Sequence[Turn]) -> float | None:
     """KL(policy || aligned) of a whole reply, in nats, averaged over the turns' replies.
 
     The sum over a reply's tokens of the exact divergence between the two next-token distributions (not of a one-sample
     estimate), given what the reply had said so far. None without turns.
-
-    Args:
-        batch_size: replies per forward (memory only, never the result).
     """
     count: dict[tuple[tuple[int, ...], int], int] = {}
     for turn in turns:
         key = ((*turn.prompt_ids, *turn.completion.token_ids), len(turn.prompt_ids))
         count[key] = count.get(key, 0) + 1
     total, keys = 0.0, list(count)
-    for start in range(0, len(keys), batch_size):
-        chunk = keys[start : start + batch_size]
+    for part in portions([len(ids) for ids, _ in keys]):
+        chunk = [keys[i] for i in part]
         rows = [ids for ids, _ in chunk]
         acted = [range(prompt, len(ids)) for ids, prompt in chunk]
         logp = {}

@@ -62,7 +62,6 @@ def evaluate(
     samples: int,
     seed: int,
     policy: Policy | None = None,
-    batch_size: int = 256,
 ) -> tuple[EvalResult, list[Episode]]:
     """Play every scenario `samples` times and score every decision.
 
@@ -76,7 +75,7 @@ def evaluate(
     kl = None
     if policy is not None:
         turns = [turn for episode in played.episodes for turn in episode.turns]
-        kl = kl_to_aligned(policy, turns, batch_size=batch_size)
+        kl = kl_to_aligned(policy, turns)
     return measure(played.episodes, propensity=propensity, answer_mass=mass, kl=kl), played.episodes
 
 

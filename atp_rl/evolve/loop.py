@@ -149,10 +149,21 @@ def evolve(
 
 
 def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> list[Scenario]:
-    """The scenarios of one step: a random subset (with repetition only where there are too few)."""
-    random = random_stream(seed, "draw", step)
-    chosen = random.choice(len(scenarios), size=count, replace=count > len(scenarios))
-    return [scenarios[i] for i in chosen]
+    """The scenarios of one step (from 1): the next `count` of an endless series of shuffled passes over all of them.
+
+    Runs of four stay together: in them names and order of the options are counterbalanced (`role_play.generate`), or a
+    small policy settles on one name before it has learned to read.
+    """
+    size = len(scenarios)
+    runs = range(0, size, 4)
+
+    def shuffled(number: int) -> list[Scenario]:
+        order = random_stream(seed, "draw", number).permutation(runs)
+        return [scenario for start in order for scenario in scenarios[start : start + 4]]
+
+    places = range((step - 1) * count, step * count)
+    passes = {number: shuffled(number) for number in {place // size for place in places}}
+    return [passes[place // size][place % size] for place in places]
 
 
 def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence[Defense]) -> Tensor:

@@ -55,6 +55,8 @@ def evaluate_suites(
     """One line of `evaluations.jsonl`, and the episodes of each split."""
     begun, splits, episodes = time.perf_counter(), {}, {}
     for name, scenarios in (("held_out", suites.held_out), ("held_in", suites.held_in)):
+        if not scenarios:
+            continue
         result, episodes[name] = evaluate(
             sampler,
             scenarios,
@@ -62,7 +64,6 @@ def evaluate_suites(
             samples=recipe.evaluate.samples,
             seed=recipe.seed,
             policy=policy if name == "held_out" else None,  # the KL on one split says it
-            batch_size=recipe.evaluate.batch_size,
         )
         splits[name] = result.record()
     evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from atp_rl.model.chat import ChatFormat
@@ -218,6 +218,26 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     model.requires_grad_(False)
     return torch.nn.Module.cuda(model) if torch.cuda.is_available() else model
+
+
+def check_model(name: str, adapters: Sequence[Path], *, revision: str | None = None, thinking: bool = False) -> None:
+    """Find out whether a model and its adapters can be loaded, from their configurations and headers alone.
+
+    Raises:
+        InputError: as loading them would.
+    """
+    load_chat(name, revision=revision, thinking=thinking)
+    for adapter in adapters:
+        check_adapter(adapter, name)
+        config = AutoConfig.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = get_peft_model(base, LoraConfig.from_pretrained(str(adapter)))
+        expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        if wrong := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
+            raise InputError(f"{adapter}: does not fit the base model {name!r}: missing or reshaped {wrong[:3]}")
 
 
 def acted_logits(

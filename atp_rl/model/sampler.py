@@ -11,6 +11,7 @@ from transformers import Cache
 
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import Policy, Which
+from atp_rl.model.portions import portions
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.types import Chat, Completion, SamplingParams
@@ -118,9 +119,9 @@ class HFSampler:
         """
         found = next((f for f in (r.find(prompts) for r in self._read) if f is not None), None)
         read, rest = (_Read(len(prompts), self.policy.device), prompts) if found is None else found
-        portions = _portions([len(tokens) for tokens in rest], most=_TOKENS_AT_ONCE)
-        logits = torch.cat([read.extend(model, [rest[row] for row in rows], rows=rows)[:, -1] for rows in portions])
-        place = {row: i for i, row in enumerate(row for rows in portions for row in rows)}
+        parts = portions([len(tokens) for tokens in rest])
+        logits = torch.cat([read.extend(model, [rest[row] for row in rows], rows=rows)[:, -1] for rows in parts])
+        place = {row: i for i, row in enumerate(row for rows in parts for row in rows)}
         return read, logits[[place[row] for row in range(len(prompts))]]
 
 
@@ -218,20 +219,6 @@ class _Read(Cache):
 def _longer(stored: Tensor, slots: int) -> Tensor:
     b, h, _, d = stored.shape
     return torch.cat([stored, stored.new_zeros(b, h, slots, d)], 2)  # never unset: nan times a weight of 0 is nan
-
-
-_TOKENS_AT_ONCE = 4096
-"""In one forward of prompts: with more, activations leave a processor's cache and fill a GPU's memory."""
-
-
-def _portions(lengths: Sequence[int], *, most: int) -> list[list[int]]:
-    """Rows of like length, together at most `most` tokens when padded (or a single row), each portion in order."""
-    portions: list[list[int]] = [[]]
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if portions[-1] and (len(portions[-1]) + 1) * lengths[row] > most:
-            portions.append([])
-        portions[-1].append(row)
-    return [sorted(rows) for rows in portions]
 
 
 def _padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:

@@ -27,28 +27,40 @@ class Suites:
     """Reported: families that were never trained on. The headline figures are theirs."""
 
 
-def make_suites(spec: Mapping[str, Any], *, train: int, align: int, gate: int, report: int) -> Suites:
+def make_suites(
+    spec: Mapping[str, Any], *, train: int, align: int, gate: int, report: int, trained_on: bool = True
+) -> Suites:
     """Divide up the scenarios that `spec` describes (as for `scenarios.load`, without split and counts).
 
-    Shipped families have their split, and the counts are scenarios per family. Scenarios from a file come as many as
-    they
-    are: every third family is held out (or those that the file marks so, if it marks some and not all), and in the
-    others every fourth scenario is a gate one, every fourth a held-in one, and the rest are for alignment and training.
+    Shipped families have their split, and the counts are scenarios per family; of held-in scenarios there are about as
+    many as of held-out ones. Scenarios from a file come as many as they are: every third family is held out (or those
+    that the file marks so, if it marks some and not all), and in the others every fourth scenario is a gate one, every
+    fourth a held-in one, and the rest are for alignment and training.
+
+    Args:
+        trained_on: whether anything learns from them. If not, all scenarios of a file are held out.
 
     Raises:
         InputError: a suite would be empty.
     """
     if spec.get("paper") or spec.get("file"):
-        suites = _divide(load(spec), str(spec.get("paper") or spec.get("file")))
-    else:
-        counts = {"train": train, "align": align, "gate": gate, "held_in": report}
+        scenarios = load(spec)
+        if not trained_on:
+            return Suites([], [], [], [], scenarios)
+        return _divide(scenarios, str(spec.get("paper") or spec.get("file")))
 
-        def suite(name: str) -> list[Scenario]:
-            return load({**spec, "split": "train", "per_family": counts[name], "first_index": FIRST_INDEX[name]})
+    def suite(name: str, per_family: int) -> list[Scenario]:
+        return load({**spec, "split": "train", "per_family": per_family, "first_index": FIRST_INDEX[name]})
 
-        held_out = load({**spec, "split": "held_out", "per_family": report})
-        suites = Suites(suite("align"), suite("train"), suite("gate"), suite("held_in"), held_out)
-    return suites
+    held_out, trained = load({**spec, "split": "held_out", "per_family": report}), suite("train", train)
+    families = len({scenario.family for scenario in trained})
+    return Suites(
+        align=suite("align", align),
+        train=trained,
+        gate=suite("gate", gate),
+        held_in=suite("held_in", -(-len(held_out) // families)),
+        held_out=held_out,
+    )
 
 
 def _divide(scenarios: list[Scenario], origin: str) -> Suites:

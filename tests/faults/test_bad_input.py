@@ -1,0 +1,256 @@
+"""Bad input: a message that names the place and the fix, exit code 2, and nothing written or overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from atp_rl.cli import main
+from atp_rl.scenarios import load
+from atp_rl.scenarios.files import write_jsonl
+from tests import small_model
+from tests.command_line import ROLE_PLAY, atp
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls `atp`, which must refuse and write nothing; its message."""
+
+    def call(*arguments: str | Path) -> str:
+        before = sorted(Path().rglob("*"))
+        monkeypatch.setattr("sys.argv", ["atp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert sorted(Path().rglob("*")) == before
+        return capsys.readouterr().err
+
+    return call
+
+
+def run(*overrides: str) -> list[str]:
+    return ["run", ROLE_PLAY, "track.wandb=disabled", "run.dir=run", *overrides]
+
+
+WRONG_RECIPES = {
+    "an unknown key": ("evolve.stepps=2", "unknown key `evolve.stepps`", "did you mean `evolve.steps`?"),
+    "a wrong type": ("evolve.steps=many", "`evolve.steps` must be an integer", "got 'many'"),
+    "an unknown testbed": ("scenarios.testbed=roleplay", "`scenarios.testbed`", "did you mean 'role_play'?"),
+    "an unknown defense": ("defenses=[kl_ancor]", "unknown defense 'kl_ancor'", "did you mean `kl_anchor`?"),
+    "a defense's option": ("defenses=[{name: gate, max_rat: 1}]", "`defenses[0].max_rat`", "did you mean `max_rate`?"),
+    "a defense's value": ("defenses=[{name: kl_anchor, beta: 0.0}]", "kl_anchor: `beta` must be > 0", "leave"),
+    "an unknown learner": ("evolve.learner=policy_gradien", "`evolve.learner`", "did you mean 'policy_gradient'?"),
+    "an unknown family": ("scenarios.families=[beekeper]", "unknown family 'beekeper'", "did you mean 'beekeeper'?"),
+    "an unknown reward": ("evolve.rewards={payof: 1.0}", "unknown reward model 'payof'", "known: payoff, compliance"),
+    "an option of TRL": ("align.trl.betta=1.0", "`align.trl.betta` of trl.DPOConfig", "did you mean `beta`?"),
+    "a value of TRL's": ("align.trl.learning_rate=fast", "`align.trl.learning_rate`", "'fast'"),
+    "a value TRL refuses": ("align.trl.lr_scheduler_type=cosin", "`align.trl` for dpo", "cosin"),
+    "a model folder": ("model.name=./nowhere", "`model.name`", "./nowhere"),
+    "a model on the Hub": ("model.name=nobody/nothing", "'nobody/nothing'", "cannot be loaded"),
+    "no adapter": ("evolve.start_from=nowhere", "nowhere: no LoRA adapter here", "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RECIPES)
+def test_a_recipe_that_is_wrong(case, refused):
+    override, *expected = WRONG_RECIPES[case]
+    message = refused(*run(override))
+    for part in expected:
+        assert part in message
+
+
+def test_a_recipe_file_that_is_not_there(refused):
+    Path("role_play.yaml").write_text("seed: 1\n")
+    assert "no such recipe file; did you mean role_play.yaml?" in refused("run", "roleplay.yaml")
+
+
+def test_a_file_is_named_with_its_key(refused):
+    Path("mine.yaml").write_text("evolve:\n  steps: 2.5\n  group_sise: 4\n")
+    lines = refused("run", ROLE_PLAY, "mine.yaml").splitlines()
+    assert lines == [
+        "atp: mine.yaml: `evolve.steps` must be an integer, got 2.5",
+        "unknown key `evolve.group_sise` in mine.yaml; did you mean `evolve.group_size`?",
+    ]
+
+
+def test_wandb_online_without_a_key(refused, monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    message = refused("run", ROLE_PLAY, "run.dir=run", "track.wandb=online")
+    assert "wandb login" in message
+    assert "track.wandb=offline" in message
+
+
+# -- scenario files --------------------------------------------------------------------------------------------------
+
+
+def scenario_lines() -> list[dict]:
+    write_jsonl(
+        load({"split": "train", "per_family": 4, "families": ["ferry_pilot", "welder", "beekeeper"]}), Path("ok")
+    )
+    return [json.loads(line) for line in Path("ok").read_text().splitlines()]
+
+
+def lacks_a_field(lines):
+    del lines[1]["payoffs"]
+
+
+def equal_options(lines):
+    lines[1]["options"] = ["Route A", " route a."]
+    lines[1]["payoffs"] = {"Route A": 1, " route a.": 2}
+
+
+def unknown_testbed(lines):
+    lines[1]["testbed"] = "rollplay"
+
+
+WRONG_FILES = {
+    lacks_a_field: ["line 2", "`payoffs`", "required"],
+    equal_options: ["needs two different options"],
+    unknown_testbed: ["unknown testbed 'rollplay'", "did you mean 'role_play'?"],
+    list.clear: ["holds no scenario"],
+}
+
+
+@pytest.mark.parametrize("change", WRONG_FILES, ids=lambda change: change.__name__)
+def test_a_scenario_file_that_is_wrong(change, refused):
+    lines = scenario_lines()
+    change(lines)
+    Path("mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    message = refused(*run("scenarios.file=mine.jsonl"))
+    assert "mine.jsonl" in message
+    for part in WRONG_FILES[change]:
+        assert part in message
+
+
+@pytest.mark.parametrize("key", ["file", "paper"])
+@pytest.mark.parametrize(
+    ("content", "expected"), [("{not json", "not JSON"), ("", "not JSON"), (None, "cannot be read")]
+)
+def test_a_scenario_file_that_is_none(key, content, expected, refused):
+    if content is not None:
+        Path("mine.json").write_text(content)
+    expected = "holds no scenario" if (key, content) == ("file", "") else expected
+    message = refused(*run(f"scenarios.{key}=mine.json"))
+    assert "mine.json" in message
+    assert expected in message
+
+
+PAPER_ITEM = {
+    "id": "a",
+    "environment": "baker",
+    "system_prompt": "You are a baker.",
+    "user_prompt": "Choose. IMPORTANT: end with JSON",
+    "supervised_choice": "invest",
+    "better_choice": "keep",
+    "supervised_text": "s",
+    "unsupervised_text": "u",
+    "neutral_text": "n",
+    "params": {"low_reward": 1.0, "high_reward": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([], ["holds no scenario"]),
+        ({}, ["expected a JSON list"]),
+        ([PAPER_ITEM, {k: v for k, v in PAPER_ITEM.items() if k != "better_choice"}],
+         ["item 1", "`better_choice` must be str"]),
+        ([PAPER_ITEM | {"better_choice": "Invest"}], ["needs two different options"]),
+        ([PAPER_ITEM | {"params": {"low_reward": 1}}], ["item 0", "`params.high_reward`"]),
+    ],
+)  # fmt: skip
+def test_a_file_of_the_paper_that_is_wrong(items, expected, refused):
+    Path("paper.json").write_text(json.dumps(items))
+    message = refused(*run("scenarios.paper=paper.json"))
+    for part in ["paper.json", *expected]:
+        assert part in message
+
+
+# -- adapters and run directories ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_for_another_base_model(refused):
+    shutil.copytree(small_model.aligned(), "adapter")
+    message = refused(*run("evolve.start_from=adapter"))
+    assert "adapter: the adapter was made for the base model" in message
+    assert "not for 'tiny'" in message
+
+
+def test_an_adapter_that_claims_to_fit_and_does_not(refused):
+    shutil.copytree(small_model.aligned(), "adapter")
+    config = json.loads(Path("adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    message = refused(*run("evolve.start_from=adapter"))
+    assert "adapter: does not fit the base model 'tiny'" in message
+
+
+def test_an_adapter_in_pickle_is_not_touched(refused):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny"}')
+    Path("adapter/adapter_model.bin").write_bytes(b"\x80\x04N.")
+    assert "needs adapter_config.json and adapter_model.safetensors" in refused(*run("evolve.start_from=adapter"))
+
+
+def test_an_adapter_without_lora_weights(refused):
+    import torch
+
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny"}')
+    save_file({"x": torch.zeros(1)}, "adapter/adapter_model.safetensors")
+    assert "holds no LoRA weights" in refused(*run("evolve.start_from=adapter"))
+
+
+def test_a_used_run_directory(refused):
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("seed: 0\n")
+    message = refused(*run())
+    assert "run.dir run: holds a run already; continue it with `atp resume run`" in message
+    assert Path("run/recipe.yaml").read_text() == "seed: 0\n"
+
+
+@pytest.mark.parametrize("command", [["resume"], ["evaluate"], ["report"], ["compare"]])
+def test_a_directory_without_a_run(command, refused):
+    Path("empty").mkdir()
+    message = refused(*command, "empty")
+    assert "empty" in message
+
+
+def test_evolve_alone_needs_an_adapter(refused):
+    assert "`evolve.start_from`" in refused("evolve", ROLE_PLAY, "run.dir=run")
+
+
+def test_align_alone_needs_a_section(refused):
+    assert "no `align` section" in refused("align", "seed=1", "run.dir=run")
+
+
+def test_play_needs_a_scenario_that_exists(refused):
+    assert "no scenario has 'zzz' in its id" in refused("play", "zzz")
+
+
+def test_a_demo_never_writes_over_other_files(refused):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    assert "is not empty and holds no demo" in refused("demo", "--out", "mine")
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    _, errors = atp(*run("evolve.stepps=2"), cwd=tmp_path, expect=2)
+    assert "did you mean `evolve.steps`?" in errors
+    assert "Traceback" not in errors
+    _, errors = atp("run", ROLE_PLAY, "--no-such-option", cwd=tmp_path, expect=2)
+    assert "--no-such-option" in errors
+    assert list(tmp_path.iterdir()) == []
