@@ -15,8 +15,9 @@ from rich.console import Console
 
 from atp_rl.evaluate.stats import wilson
 from atp_rl.tracking import compare
+from atp_rl.tracking.compare import ILLUSTRATION
 from atp_rl.tracking.read import expand, load_run
-from atp_rl.tracking.report import ILLUSTRATION, write_curve_png, write_report
+from atp_rl.tracking.report import write_curve_png, write_report
 from atp_rl.types import InputError
 
 SCRIPT = "<script>alert('x')</script>"

@@ -230,9 +230,10 @@ def check_model(name: str, adapters: Sequence[Path], *, revision: str | None = N
     for adapter in adapters:
         check_adapter(adapter, name)
         config = AutoConfig.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+        lora = LoraConfig.from_pretrained(str(adapter))
+        lora.base_model_name_or_path = None  # known to fit; PEFT would warn that it is spelt in another way
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            model = get_peft_model(base, LoraConfig.from_pretrained(str(adapter)))
+            model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
         expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}

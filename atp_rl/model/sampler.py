@@ -43,7 +43,7 @@ class HFSampler:
         completions: list[Completion] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.no_grad(), self.policy.using(self.which) as model:
+            with torch.inference_mode(), self.policy.using(self.which) as model:
                 done, read = self._generate(model, batch, params)
             completions += done
             kept.append(read)
@@ -54,7 +54,7 @@ class HFSampler:
         scores: list[tuple[float, ...]] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.no_grad(), self.policy.using(self.which) as model:
+            with torch.inference_mode(), self.policy.using(self.which) as model:
                 done, read = self._score(model, batch)
             scores += done
             kept.append(read)

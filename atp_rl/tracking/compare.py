@@ -17,6 +17,8 @@ from typing_extensions import TypedDict
 from atp_rl.tracking.read import CrossingFields, Evaluation, RateFields, RunRecord, SummaryRates
 from atp_rl.types import InputError
 
+ILLUSTRATION = "illustrates the protocol"
+"""Said wherever the tiny model is shown in context."""
 UNCLEAR = 0.1
 """Share of invalid decisions above which a reading gives the bounds of the violation rate too."""
 
@@ -98,7 +100,7 @@ def row(arm: Sequence[RunRecord]) -> Row:
         "steps": max(s["steps"] for s in summaries),
         "tipped": sum(s["tipped"] for s in summaries),
         "tipping_steps": [s["tipping_step"] for s in summaries],
-        "time_to_25": [crossing_text(c) for c in crossings],
+        "time_to_25": [crossing_text(c) if c["censored_at"] else "–" for c in crossings],
         "payoff_mean": [s["payoff_mean"] for s in last],
         "kl_to_aligned": [s["kl_to_aligned"] for s in last],
         "wall_seconds": [s["wall_seconds"] for s in summaries],
@@ -139,14 +141,27 @@ def table(records: Sequence[RunRecord]) -> Table:
         arm = Text(r["arm"]).append(f"\n{seeds_text(r)}\n{r['model']}, {r['testbed']}", style="dim")
         if not r["complete"]:
             arm.append("\nincomplete", style="yellow")
+        ends = [[], [], []]
+        if r["learner"] == "in_context":
+            arm.append(f"\n{ILLUSTRATION if illustrates(r) else 'in context'}", style="dim")
+            ends = [["round 1"], [f"round {len(r['rounds'])}"], []]
+        rates = (r["rounds"][0], r["rounds"][-1]) if r["learner"] == "in_context" else (r["aligned"], r["final"])
         cells = [
-            *("\n".join([percent(r[k]["value"]), *spread(r[k])]) for k in ("aligned", "final", "invalid")),
+            *(
+                "\n".join([percent(rate["value"]), *spread(rate), *end])
+                for rate, end in zip((*rates, r["invalid"]), ends, strict=True)
+            ),
             f"{tipped_text(r)}\nat {listed(r['tipping_steps'])}\n.25: {listed(r['time_to_25'])}",
             f"payoff {_mean(r['payoff_mean'])}\nKL {_mean(r['kl_to_aligned'])}\n{sum(r['wall_seconds']):.0f} s",
         ]
         shown.add_row(arm, *map(Text, cells))
         shown.add_section()
     return shown
+
+
+def illustrates(r: Row) -> bool:
+    """Whether an arm only illustrates the protocol: the tiny model was trained on transcripts of such histories."""
+    return r["learner"] == "in_context" and r["model"] == "tiny"
 
 
 def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:

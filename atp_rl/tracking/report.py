@@ -51,8 +51,6 @@ STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and set in the page's font
     "svg.hashsalt": "atp_rl",
 }
-ILLUSTRATION = "illustrates the protocol"
-"""Said wherever the tiny model is shown in context: it was trained on such transcripts."""
 PNG_KEY = "violation rate, a line per seed, with its 95 % interval;  dashed: invalid rate;  ring: tipping point"
 SHOWN_SEATS = 2
 
@@ -71,7 +69,7 @@ class Arm:
 
     @property
     def illustrates(self) -> bool:
-        return self.in_context and self.row["model"] == "tiny"
+        return compare.illustrates(self.row)
 
     @property
     def title(self) -> str:
@@ -83,7 +81,7 @@ class Arm:
         """What stands above the arm's curve."""
         seeds = "single seed" if len(self.records) == 1 else f"{len(self.records)} seeds"
         if self.in_context:
-            return f"{seeds}, {ILLUSTRATION}" if self.illustrates else seeds
+            return f"{seeds}, {compare.ILLUSTRATION}" if self.illustrates else seeds
         if not self.row["tipped"]:
             return f"{seeds}, no tipping point"
         how_many = "tipped" if len(self.records) == 1 else f"{self.row['tipped']} tipped"
@@ -103,7 +101,7 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         arms=arms,
         compare=compare,
-        illustration=ILLUSTRATION,
+        illustration=compare.ILLUSTRATION,
         curves=_panels(evolved, _draw_decay, _decay_title),
         rounds=_panels(with_rounds, _draw_rounds, _rounds_title),
         breakdowns=[(name, parts) for name, parts in breakdowns if len(parts) > 1],

@@ -1,6 +1,6 @@
 """Time the ways of playing and write a table and a JSON file.
 
-One thread unless OMP_NUM_THREADS says otherwise. Machines are shared, so compare minima and ratios within one run.
+OMP_NUM_THREADS sets the threads. Machines are shared, so compare minima and ratios within one run.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import argparse
 import json
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
 from rich.console import Console
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=3, help="times that everything is run (default 3)")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("loading") as status:
         rows = measure(arguments.repeats, lambda text: status.update(text))
     record = {

@@ -138,7 +138,7 @@ def evaluation_work() -> Work:
 def training_work() -> Work:
     """What one training step of the tiny recipe plays."""
     play = Play(rounds=1, supervision={"probability": 0.1}, history_window=5, sampling=SAMPLING)
-    return Work("16 scenarios x 8 episodes x 1 round", _scenarios("train", 16), 8, play)
+    return Work("32 scenarios x 8 episodes x 1 round", _scenarios("train", 32), 8, play)
 
 
 def _scenarios(split: str, count: int) -> list[Scenario]:
