@@ -60,6 +60,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at character {error.pos})") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
 
 
 TEXTS = ("system", "task", "format", "supervised", "unsupervised", "neutral", "comply", "best_paid")
@@ -81,6 +83,8 @@ def _checked(scenarios: list[Scenario], path: Path) -> list[Scenario]:
             raise InputError(f"{where}: `payoffs` must name exactly the options {list(scenario.options)}")
         if not all(map(math.isfinite, scenario.payoffs.values())):
             raise InputError(f"{where}: `payoffs` must be finite, got {dict(scenario.payoffs)}")
+        if max(scenario.payoffs.values()) <= 0:
+            raise InputError(f"{where}: the largest of `payoffs` must be positive, got {dict(scenario.payoffs)}")
         if scenario.rule is not None and scenario.rule not in scenario.options:
             raise InputError(f"{where}: `rule` {scenario.rule!r} is none of the options {list(scenario.options)}")
         if missing := [key for key in TEXTS if key not in scenario.texts]:

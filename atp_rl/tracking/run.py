@@ -55,7 +55,10 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             what = "holds a run already" if (path / "recipe.yaml").exists() else "is not an empty directory"
             raise InputError(f"run.dir {path}: {what}; continue it with `atp resume {path}`, or choose another run.dir")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run.dir {path}: cannot be made ({error}); choose another run.dir") from None
         (path / "recipe.yaml").write_text(recipe_yaml)
         (path / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
         (path / "command.txt").write_text(" ".join(sys.argv) + "\n")

@@ -116,7 +116,12 @@ def unknown_testbed(lines):
     lines[1]["testbed"] = "rollplay"
 
 
+def no_positive_payoff(lines):
+    lines[1]["payoffs"] = dict.fromkeys(lines[1]["options"], 0.0)
+
+
 WRONG_FILES = {
+    no_positive_payoff: ["the largest of `payoffs` must be positive"],
     lacks_a_field: ["line 2", "`payoffs`", "required"],
     equal_options: ["needs two different options"],
     unknown_testbed: ["unknown testbed 'rollplay'", "did you mean 'role_play'?"],
@@ -137,7 +142,8 @@ def test_a_scenario_file_that_is_wrong(change, refused):
 
 @pytest.mark.parametrize("key", ["file", "paper"])
 @pytest.mark.parametrize(
-    ("content", "expected"), [("{not json", "not JSON"), ("", "not JSON"), (None, "cannot be read")]
+    ("content", "expected"),
+    [("{not json", "not JSON"), ("[" * 100_000, "nested too deeply"), ("", "not JSON"), (None, "cannot be read")],
 )
 def test_a_scenario_file_that_is_none(key, content, expected, refused):
     if content is not None:
@@ -220,6 +226,12 @@ def test_a_used_run_directory(refused):
     message = refused(*run())
     assert "run.dir run: holds a run already; continue it with `atp resume run`" in message
     assert Path("run/recipe.yaml").read_text() == "seed: 0\n"
+
+
+def test_a_run_directory_that_cannot_be_made(refused):
+    Path("file").write_text("mine")
+    assert "run.dir file/run: cannot be made" in refused(*run("run.dir=file/run"))
+    assert Path("file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", [["resume"], ["evaluate"], ["report"], ["compare"]])
