@@ -181,7 +181,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
-    warnings.filterwarnings("ignore", message="Could not find a config file in tiny")  # PEFT asks a folder of that name
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
     try:
         app()

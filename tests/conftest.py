@@ -1,10 +1,14 @@
 """Fixtures that several files use."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig
 
 from atp_rl.model.tiny import BuildPlan, make_model, make_tokenizer
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
 
 
 @pytest.fixture(scope="session")

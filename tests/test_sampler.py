@@ -554,3 +554,14 @@ def test_an_adapter_that_was_saved_for_inference_is_trained_nevertheless(random_
     live = policy.adapter_hash("policy")
     learn(policy)
     assert policy.adapter_hash("policy") != live
+
+
+def test_reading_an_adapter_asks_no_hub(anchored, monkeypatch):
+    def ask(*_):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", ask)
+    for config in anchored.model.peft_config.values():
+        monkeypatch.setattr(config, "base_model_name_or_path", "tiny")  # no folder of that name
+    assert any("lora_A" in name for name in anchored.state())
+    assert len(anchored.adapter_hash("aligned")) == 64

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor
+from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from atp_rl.model.policy import hash_tensors, load_base, load_chat, write_adapter
+from atp_rl.model.policy import adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
 from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.types import InputError
@@ -112,10 +111,10 @@ def fit(
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if trainable == 0:
         raise RuntimeError("the adapter has no trainable parameter")
-    before = hash_tensors(_adapter(trainer.model))
+    before = hash_tensors(adapter_tensors(trainer.model, "default"))
     with shown:
         result = trainer.train()
-    adapter = _adapter(trainer.model)
+    adapter = adapter_tensors(trainer.model, "default")
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
     if hash_tensors(adapter) == before:
@@ -152,7 +151,3 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.report(state.global_step, self.news)
-
-
-def _adapter(model: Any) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, adapter_name="default")

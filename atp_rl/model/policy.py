@@ -169,7 +169,7 @@ class Policy:
 
     def state(self) -> dict[str, Tensor]:
         """The weights of the live adapter, in PEFT's own names."""
-        return {k: v.detach().clone() for k, v in get_peft_model_state_dict(self.model, adapter_name="policy").items()}
+        return {key: value.detach().clone() for key, value in adapter_tensors(self.model, "policy").items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put saved weights of the live adapter back, exactly.
@@ -192,7 +192,7 @@ class Policy:
         """SHA-256 over an adapter's weights; of the word 'base' where the anchor is the bare model."""
         if which == "aligned" and not self.has_aligned:
             return hashlib.sha256(b"base").hexdigest()
-        return hash_tensors(get_peft_model_state_dict(self.model, adapter_name=which))
+        return hash_tensors(adapter_tensors(self.model, which))
 
     def base_hash(self) -> str:
         """SHA-256 over the frozen base weights."""
@@ -234,7 +234,7 @@ def check_model(name: str, adapters: Sequence[Path], *, revision: str | None = N
         lora.base_model_name_or_path = None  # known to fit; PEFT would warn that it is spelt in another way
         with torch.device("meta"):
             model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
-        expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+        expected = {key: tuple(value.shape) for key, value in adapter_tensors(model, "default").items()}
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         if wrong := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
@@ -264,6 +264,14 @@ def acted_logits(
     mask = torch.tensor([[k < len(positions) for k in range(most)] for positions in acted], device=device)
     index = torch.tensor(where, device=device)
     return logits[torch.arange(len(rows), device=device).unsqueeze(1), index], torch.tensor(tokens, device=device), mask
+
+
+def adapter_tensors(model: torch.nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of an adapter in PEFT's own names; not copied.
+
+    By default PEFT asks the Hub about the base model each time, in case its embeddings belong to the adapter too.
+    """
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -112,7 +112,7 @@ class RolePlay(Env):
         option = parse_choice(replies["agent"], scenario.options).option
         violates = option is not None and scenario.rule is not None and option != scenario.rule
         detected = violates and self.would_detect[k]
-        payoff = 0.0 if option is None else -self.fine if detected else scenario.payoffs[option]
+        payoff = 0.0 if option is None else 0.0 - self.fine if detected else scenario.payoffs[option]
         if option is None:
             feedback = "Your answer held no valid decision, so you earned $0."
         elif detected:
