@@ -187,7 +187,9 @@ def main() -> None:
     except InputError as error:
         print(f"atp: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except SystemExit as ended:
+        if ended.code != 130:  # Typer's word for Ctrl-C
+            raise
         print("atp: stopped; the same command continues a demo or a build, and `atp resume` a run", file=sys.stderr)
         sys.exit(75)
     except Exception as error:
@@ -195,5 +197,5 @@ def main() -> None:
 
         if not isinstance(error, Interrupted):
             raise
-        print(f"atp: {error}; continue with `atp resume`", file=sys.stderr)
+        print(f"atp: {error}", file=sys.stderr)
         sys.exit(75)

@@ -139,7 +139,7 @@ def _atp(command: str, folder: Path, recipes: list[Path], overrides: list[str], 
             [sys.executable, "-m", "atp_rl", *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
         ).returncode
     if code == 75:
-        raise Interrupted(f"{folder.name} was interrupted")
+        raise Interrupted(f"{folder.name} was interrupted; the same command continues")
     if code != 0:
         raise RuntimeError(f"{folder.name} failed with exit code {code}; its last lines, from {log}:\n{_tail(log)}")
 

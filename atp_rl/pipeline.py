@@ -148,7 +148,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
         if evolving is None:
             return run.path
         if stop:
-            raise Interrupted("stopped after alignment")
+            raise Interrupted(f"stopped after alignment; `atp resume {run.path}` continues")
         report = stack.enter_context(progress(evolving.steps, run_name(recipe)))
         evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {

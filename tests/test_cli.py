@@ -15,6 +15,7 @@ from atp_rl import demo
 from atp_rl.cli import main
 from atp_rl.model.policy import base_path
 from atp_rl.recipe import json_schema
+from atp_rl.tracking.run import Interrupted
 from tests.command_line import ROLE_PLAY, SMALL, atp
 
 
@@ -219,3 +220,21 @@ def test_a_member_that_fails_is_named_with_its_last_lines(small_demo, monkeypatc
     monkeypatch.setattr("sys.argv", ["atp", "demo", "--out", str(small_demo)])
     with pytest.raises(RuntimeError, match=r"align failed with exit code 2.*\n.*`seed` must be an integer"):
         main()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("undefended-seed0 was interrupted")])
+def test_a_demo_that_is_interrupted_starts_no_other_member(error, small_demo, monkeypatch, capsys):
+    calls: list[str] = []
+
+    def interrupted(command: str, folder: Path, *_: object, **__: object) -> None:
+        calls.append(folder.name)
+        raise error
+
+    monkeypatch.setattr(demo, "_atp", interrupted)
+    monkeypatch.setattr("sys.argv", ["atp", "demo", "--out", str(small_demo), "--workers", "1"])
+    (small_demo / "align" / "aligned").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 75
+    assert "atp: " in capsys.readouterr().err
+    assert len(calls) < len(demo.MEMBERS)

@@ -93,7 +93,7 @@ def evolve(
     for step in range((last.step if last else 0) + 1, settings.steps + 1):
         if stop():
             save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step - 1)
-            raise Interrupted(f"stopped after step {step - 1} of {settings.steps}")
+            raise Interrupted(f"stopped after step {step - 1} of {settings.steps}; `atp resume {run.path}` continues")
         begun = time.perf_counter()
         accepted = policy.state(), learner.state()
         scenarios = draw(suites.train, settings.scenarios_per_step, recipe.seed, step)
