@@ -76,24 +76,6 @@ def test_an_interrupted_evolution_resumes_to_the_same_run(number, whole, tmp_pat
             assert (run / "checkpoints" / folder.name / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes(whole, tmp_path):
-    process = start(*evolution("run"), cwd=tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "Traceback" not in errors
-    atp("resume", "run", cwd=tmp_path)
-    assert lines(metrics) == lines(whole / "metrics.jsonl")
-
-
 def test_a_run_that_is_killed_outright_resumes_too(whole, tmp_path):
     process = start(*evolution("run"), cwd=tmp_path)
     second = tmp_path / "run" / "checkpoints" / "step_0004"
