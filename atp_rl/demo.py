@@ -55,6 +55,8 @@ def run_demo(out: Path, *, workers: int) -> None:
     """
     if not ROLE_PLAY.exists():
         raise InputError("the demo reads the recipes of a source checkout; clone the repository and run it there")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is not a directory; choose another one with --out")
     if out.exists() and any(out.iterdir()) and not (out / "align").exists():
         raise InputError(f"{out}: is not empty and holds no demo; choose another folder with --out")
     begun, complete = time.perf_counter(), (out / "summary.json").exists()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 import reward_models
 from atp_rl.align import run_alignment
+from atp_rl.align.conversation import best_paid_option
 from atp_rl.align.trainer import trl_config
+from atp_rl.defenses import Defense
 from atp_rl.evolve.loop import evolve
 from atp_rl.evolve.setup import evaluate_suites, load_policy, lora_config
 from atp_rl.model.policy import base_path, check_adapter, check_model
@@ -33,8 +37,10 @@ def check(recipe: Recipe) -> Suites:
     Raises:
         InputError: scenario files, defenses, W&B mode, TRL options, reward models, adapters, model directory.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
+        raise InputError("a run is one process on one GPU; start one, and choose with CUDA_VISIBLE_DEVICES=0")
     suites = suites_of(recipe)
-    check_defenses(recipe.defenses)
+    defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
     if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():
@@ -42,7 +48,13 @@ def check(recipe: Recipe) -> Suites:
     for adapter in _adapters(recipe):
         check_adapter(adapter, name)
     if recipe.align and recipe.align.method and not recipe.align.adapter:
+        if not any(s.rule is not None and best_paid_option(s) != s.rule for s in suites.align):
+            raise InputError("`align`: no rule forbids the best-paid option, so there are no pairs to learn from")
         trl_config(recipe.align.method, recipe.align.trl, out=Path(), seed=recipe.seed, thinking=recipe.model.thinking)
+    if recipe.evolve and recipe.evolve.learner == "in_context":
+        for spec, defense in zip(recipe.defenses, defenses, strict=True):
+            if type(defense).on_prompt is Defense.on_prompt:
+                raise InputError(f"`defenses`: {spec.name} changes nothing where no weights are updated; leave it out")
     if recipe.evolve:
         for reward in recipe.evolve.rewards:
             if reward not in reward_models.REWARD_MODELS:
@@ -58,7 +70,8 @@ def _adapters(recipe: Recipe) -> list[Path]:
     return aligned if start in ("aligned", "base") else [*aligned, Path(start)]
 
 
-def suites_of(recipe: Recipe) -> Suites:
+def suites_of(recipe: Recipe, *, trained_on: bool | None = None) -> Suites:
+    """The suites of a recipe; `trained_on` says whether its file is learned from, where the recipe's stages do not."""
     world, measured = recipe.scenarios, recipe.evaluate
     spec = {
         "testbed": world.testbed,
@@ -73,7 +86,7 @@ def suites_of(recipe: Recipe) -> Suites:
         align=recipe.align.per_family if recipe.align else 1,
         gate=measured.gate_per_family,
         report=measured.per_family,
-        trained_on=_learns(recipe),
+        trained_on=_learns(recipe) if trained_on is None else trained_on,
     )
 
 
@@ -88,6 +101,8 @@ def plan(recipe: Recipe, suites: Suites) -> list[str]:
     lines = [f"run directory {recipe.run.dir}, model {recipe.model.name}, seed {recipe.seed}"]
     if recipe.align and recipe.align.adapter:
         lines.append(f"align: use the adapter {recipe.align.adapter}")
+    elif recipe.align and recipe.evolve and recipe.evolve.start_from != "aligned":
+        lines.append(f"align: skipped, since evolution starts from {recipe.evolve.start_from}")
     elif recipe.align:
         lines.append(f"align: {recipe.align.method} on {len(suites.align)} scenarios x {recipe.align.rounds} rounds")
     if recipe.evolve:
@@ -113,7 +128,7 @@ def run(recipe: Recipe) -> Path:
     """
     suites = check(recipe)
     model = recipe.model
-    check_model(model.name, _adapters(recipe), revision=model.revision, thinking=model.thinking)
+    check_model(model.name, _adapters(recipe), lora_config(recipe), revision=model.revision, thinking=model.thinking)
     directory = Run.create(Path(recipe.run.dir), dump(recipe))
     return _stages(recipe, directory, suites)
 
@@ -130,6 +145,7 @@ def resume(path: Path) -> Path:
 def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
     evolving = recipe.evolve
     with ExitStack() as stack:
+        stack.enter_context(run.locked())
         stop = stack.enter_context(stop_at_step_border())
         run.mirror = stack.enter_context(
             WandbMirror.open(
@@ -138,7 +154,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
                 project=recipe.track.project,
                 group=recipe.track.group,
                 job_type="evolve" if evolving else "align",
-                name=run_name(recipe),
+                name=f"{Path(recipe.model.name).name}-{recipe.scenarios.testbed}-{run_name(recipe)}-seed{recipe.seed}",
                 tags=recipe.track.tags,
                 config=recipe.model_dump(),
                 quiet=False,
@@ -162,6 +178,8 @@ def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
         summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
         run.write_summary(summary)
         run.mirror.summary(summary)
+        last = run.checkpoint_folders()[-1]
+        run.mirror.artifact(last, f"{run_name(recipe)}-seed{recipe.seed}-adapter", "adapter")
     return run.path
 
 
@@ -186,7 +204,9 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     folders = {str(int(folder.name.removeprefix("step_"))): folder for folder in run.checkpoint_folders()}
     if checkpoint != "all" and checkpoint not in folders:
         raise InputError(f"{path}: no checkpoint {checkpoint!r}; there are: {', '.join(folders) or 'none'}")
-    suites = suites_of(recipe)
+    own = load([str(path / "recipe.yaml")]).scenarios
+    other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.paper, own.file)
+    suites = suites_of(recipe, trained_on=_learns(recipe) and not other_file)
     policy = load_policy(recipe, _anchor(recipe, run))
     sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
@@ -233,7 +253,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
             supervision="all_unsupervised" if settings.rounds == 1 else "random",
             history_window=recipe.scenarios.history_window,
             tries=settings.tries,
-            sampling=SamplingParams(recipe.evolve.max_new_tokens if recipe.evolve else 24),
+            sampling=SamplingParams(settings.max_new_tokens),
             batch_size=recipe.evaluate.batch_size,
             revision=recipe.model.revision,
             dtype=recipe.model.dtype,

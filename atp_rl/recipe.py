@@ -144,6 +144,8 @@ class Align(_Strict):
     """Decisions per training scenario."""
     tries: Count = 5
     """Attempts to draw a chosen and a rejected answer for one scenario."""
+    max_new_tokens: Count = 24
+    """Longest answer of a pair, in tokens."""
     adapter: Name | None = None
     """Directory of an aligned adapter to use as it is; training is skipped."""
     trl: dict[str, Any] = {}
@@ -278,7 +280,7 @@ class Run(_Strict):
 class Recipe(_Strict):
     """One run of atp_rl: model, scenarios, alignment, evolution, defenses and how they are measured."""
 
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Root of every random draw of the run."""
     model: Model = Model()
     scenarios: Scenarios = Scenarios()

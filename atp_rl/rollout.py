@@ -98,6 +98,7 @@ class _Open:
             seed=key,
             history_window=play.history_window,
             told=play.told,
+            group_seed=(*seed, scenario.id),
         )
         self.episode = Episode(scenario, sample, key, [], {seat: [] for seat in self.env.seats}, version)
         self.replies: dict[str, list[Completion]] = {seat: [] for seat in self.env.seats}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,25 @@ def test_report_and_comparison(made, call, tmp_path):
     assert call("report", made / "run", "--out", tmp_path / "r.html").strip() == str(tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
     assert "role_play" in call("compare", made / "run")
+
+
+def test_a_run_is_mirrored_to_an_offline_wandb_run(tmp_path):
+    online_or_not = [s for s in SMALL if not s.startswith("track")]
+    start = ["align=null", "evolve.start_from=base", "track.wandb=offline"]
+    atp("run", ROLE_PLAY, *online_or_not, *start, "run.dir=run", "seed=3", cwd=tmp_path)
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "tiny-role_play-run-seed3" in out
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert str(json.loads(line)["evolve/payoff_mean"])[:7] in out
+    for name in (
+        "eval/report/held_out/violation_rate",
+        "drift/held_out/kl_to_aligned",
+        "progress/step",
+        "tipping_step",
+    ):
+        assert name in out
 
 
 def test_the_schema_is_printed(call):

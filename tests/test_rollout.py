@@ -111,8 +111,9 @@ def test_the_environment_is_that_of_the_settings_and_the_episodes_seed(scenarios
         played = play(scenarios, Script(deviate), rounds=5, supervision=supervision)
         for episode in played.episodes:
             env = make_env(
-                episode.scenario, rounds=5, supervision=supervision, seed=episode.seed, history_window=5, told=None
-            )
+                episode.scenario, rounds=5, supervision=supervision, seed=episode.seed, history_window=5, told=None,
+                group_seed=episode.seed[:-1],
+            )  # fmt: skip
             again = [env.step({"agent": t.completion.text})["agent"] for t in episode.turns]
             assert [t.outcome for t in episode.turns] == again
 
@@ -305,3 +306,12 @@ def test_pay_and_verdicts_add_up(script, probability, fine, seed):
         low, high = (episode.scenario.payoffs[episode.scenario.extra[k]] for k in ("required", "tempting"))
         by_hand = low * counts["compliance"] + high * (counts["violation"] - counts["detected"])
         assert sum(t.outcome.payoff for t in episode.turns) == by_hand - fine * counts["detected"]
+
+
+def test_the_episodes_of_a_group_are_told_the_same():
+    scenarios = load({"split": "train", "per_family": 1})
+    play = Play(rounds=4, supervision="random", history_window=4, sampling=SamplingParams(4))
+    played = rollout(scenarios, TextSampler(lambda chat: "hm"), play, group_size=3, seed=(5,))
+    told = [[[t.outcome.supervised for t in e.turns] for e in group] for group in played.groups]
+    assert all(episode == group[0] for group in told for episode in group)
+    assert len({tuple(group[0]) for group in told}) > 4  # and other scenarios something else

@@ -15,7 +15,7 @@ import torch
 from atp_rl.evaluate.evaluator import measure
 from atp_rl.model.policy import check_adapter
 from atp_rl.tracking import run as run_module
-from atp_rl.tracking.run import Checkpoint, Run, check_manifest, evaluation_metrics, write_atomically
+from atp_rl.tracking.run import Checkpoint, Run, check_manifest, evaluation_metrics, evaluation_parts, write_atomically
 from atp_rl.types import InputError
 from tests.small_model import episode, lora, same, turn
 
@@ -235,6 +235,9 @@ def test_the_mirror_is_told_what_the_files_say(run):
         def log(self, metrics: Any) -> None:
             self.told.append(dict(metrics))
 
+        def log_table(self, name: str, columns: Any, rows: Any) -> None:
+            self.told.append((name, columns, rows))
+
         def alert(self, title: str, text: str) -> None:
             self.told.append((title, json.loads(text)))
 
@@ -247,6 +250,7 @@ def test_the_mirror_is_told_what_the_files_say(run):
         {"progress/step": 1, "evolve/loss": 0.5},
         ("rollback", {"step": 1, "alert": "rollback"}),
         evaluation_metrics(evaluation),
+        ("eval/report/parts", *evaluation_parts(evaluation)),
     ]
     assert run.lines("evaluations.jsonl") == [json.loads(json.dumps(evaluation))]
 
@@ -255,6 +259,16 @@ def evaluation_of(step: int) -> dict[str, Any]:
     episodes = [episode(turn(verdict="violation", payoff=80), turn(round=1))]
     splits = {"held_out": measure(episodes, propensity=0.25, answer_mass=0.9, kl=0.125).record()}
     return {"step": step, "suite": "report", "learner": "policy_gradient", "splits": splits}
+
+
+def test_the_parts_of_an_evaluation_as_a_table():
+    columns, rows = evaluation_parts(evaluation_of(4))
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [(r["split"], r["by"], r["part"]) for r in table] == [
+        ("held_out", "family", "ferry_pilot"),
+        ("held_out", "supervision", "neutral"),
+    ]
+    assert [(r["violation_rate"], r["n"], r["invalid_rate"]) for r in table] == [(0.5, 2, 0.0)] * 2
 
 
 def test_an_evaluation_as_flat_metrics():

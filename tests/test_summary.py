@@ -25,6 +25,7 @@ def point(k: int, *, n: int = N, invalid: int = 0, **changed: Any) -> dict[str, 
         "propensity": 0.5,
         "payoff_mean": 0.75,
         "kl_to_aligned": 0.125,
+        "scenarios": n,
     }
     return split | changed
 
@@ -128,3 +129,12 @@ def test_checkpoints_without_decisions_say_nothing():
 def test_the_time_is_that_of_all_steps_and_evaluations():
     metrics = [{"progress/step": i, "time/step_s": 0.25} for i in range(10)]
     assert summarise(evaluations([point(1)] * 3, seconds=1.1), metrics)["wall_seconds"] == 5.8
+
+
+def test_rounds_of_one_scenario_are_no_further_evidence():
+    # 4 of 20 scenarios against 8 of 20 is chance; as 6 rounds each, that all went the same way, it would look certain
+    def p_value(scenarios: int) -> float:
+        curve = [point(24, n=120, scenarios=scenarios)] * 5 + [point(48, n=120, scenarios=scenarios)] * 3
+        return summarise(evaluations(curve), [])["tipping_p_value"]
+
+    assert p_value(120) < 0.01 < p_value(20)

@@ -97,6 +97,9 @@ def run_alignment(
         dtype=dtype,
         thinking=thinking,
     )
+    gc.collect()  # and evolution loads one again
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     asked, paired = len(preferences.prompts), len(preferences.pairs)
     return {"pairs": paired, "prompts": asked, "dropped": asked - paired, **metrics}
 

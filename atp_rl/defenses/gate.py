@@ -6,7 +6,8 @@ Mechanism: after each step the policy plays the gate suite (scenarios of the tra
 Hook:      accept.
 Cost:      one evaluation of the gate suite per step.
 Known failure: a one-shot test repeated every step; over many checkpoints it will reject a policy that is still aligned,
-           and a policy that creeps up below the limit passes every time.
+           and a policy that creeps up below the limit passes every time. Invalid answers are no violations: a policy
+           that stops answering passes too, so read the invalid rate.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from atp_rl.evaluate.stats import Rate, cluster_rate, wilson
 from atp_rl.model.policy import Policy
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import make_env
-from atp_rl.types import Chat, Episode, Sampler, Scenario, Turn, Verdict
+from atp_rl.types import Chat, Episode, Key, Sampler, Scenario, Turn, Verdict
 
 VERDICTS: tuple[Verdict, ...] = ("violation", "compliance", "invalid")
 
@@ -70,7 +70,7 @@ def evaluate(
     Args:
         policy: for the KL to the aligned adapter; without it (a served model, a script) that is None.
     """
-    propensity, mass = decision_propensity(sampler, scenarios, play)
+    propensity, mass = decision_propensity(sampler, scenarios, play, seed=(seed, EVALUATION))
     played = rollout(scenarios, sampler, play, group_size=samples, seed=(seed, EVALUATION))
     kl = None
     if policy is not None:
@@ -161,11 +161,12 @@ def _by(decisions: Sequence[Decision], key: Callable[[Episode, Turn], Any]) -> d
 
 
 def decision_propensity(
-    sampler: Sampler, scenarios: Sequence[Scenario], play: Play
+    sampler: Sampler, scenarios: Sequence[Scenario], play: Play, *, seed: Key = (0,)
 ) -> tuple[float | None, float | None]:
     """Mean probability of the tempting option among the options, and mean probability of all options, in round 1.
 
-    Exact for a policy that answers at once; for one that thinks first it is the propensity of its immediate answer.
+    At temperature 1, for the first prompts of the rollout with this `seed`. Exact for a policy that answers at once;
+    for one that thinks first it is the propensity of its immediate answer.
     None for samplers without probabilities.
     """
     chat_format = getattr(sampler, "chat", None)
@@ -175,12 +176,14 @@ def decision_propensity(
     for scenario in scenarios:
         env = make_env(
             scenario, rounds=play.rounds, supervision=play.supervision, seed=0, history_window=play.history_window,
-            told=play.told,
+            told=play.told, group_seed=(*seed, scenario.id),
         )  # fmt: skip
         for messages in env.observe().values():
             chats.append(Chat(messages, chat_format.encode(messages, []), scenario.options, (0,)))
-    probabilities = [np.exp(scores) for scores in sampler.score(chats)]
+    scores = [np.array(options) for options in sampler.score(chats)]
+    mass = [np.logaddexp.reduce(options) for options in scores]  # as logarithms: long options underflow otherwise
     tempting = [
-        p[s.options.index(s.extra["tempting"])] / p.sum() for p, s in zip(probabilities, scenarios, strict=True)
+        np.exp(options[s.options.index(s.extra["tempting"])] - total)
+        for options, total, s in zip(scores, mass, scenarios, strict=True)
     ]
-    return float(np.mean(tempting)), float(np.mean([p.sum() for p in probabilities]))
+    return float(np.mean(tempting)), float(np.mean(np.exp(mass)))

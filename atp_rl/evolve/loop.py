@@ -101,9 +101,10 @@ def evolve(
         played = rollout(
             scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), on_prompt=on_prompt
         )
+        sampler.sync(policy)  # what it has read takes memory that the update needs
         rewards = shape(played.groups, settings.rewards, defenses)
         metrics = learner.update(policy, played.groups, rewards, defenses)
-        if metrics["perf/sampler_gap_mean"] > MAX_SAMPLER_GAP:
+        if not metrics["perf/sampler_gap_mean"] <= MAX_SAMPLER_GAP:  # nan is no small gap
             raise RuntimeError(f"step {step}: the sampler does not play the policy that learns: {metrics}")
         for defense in defenses:
             defense.after_update(policy, step)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
@@ -220,25 +221,46 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     return torch.nn.Module.cuda(model) if torch.cuda.is_available() else model
 
 
-def check_model(name: str, adapters: Sequence[Path], *, revision: str | None = None, thinking: bool = False) -> None:
-    """Find out whether a model and its adapters can be loaded, from their configurations and headers alone.
+def check_model(
+    name: str, adapters: Sequence[Path], lora: LoraConfig, *, revision: str | None = None, thinking: bool = False
+) -> None:
+    """Find out whether a model, a fresh adapter and existing ones can be loaded, from configurations and headers alone.
 
     Raises:
         InputError: as loading them would.
     """
     load_chat(name, revision=revision, thinking=thinking)
+    path = Path(base_path(name))
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise InputError(f"model {name!r} cannot be loaded: {path} holds no *.safetensors")
+    try:
+        for file in path.glob("*.safetensors") if path.is_dir() else ():
+            with safe_open(file, framework="pt"):
+                pass
+        config = AutoConfig.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+        _empty_adapter(config, copy.deepcopy(lora))
+    except Exception as error:
+        raise InputError(f"model {name!r} with `model.lora` cannot be loaded: {error}") from None
     for adapter in adapters:
         check_adapter(adapter, name)
-        config = AutoConfig.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
-        lora = LoraConfig.from_pretrained(str(adapter))
-        lora.base_model_name_or_path = None  # known to fit; PEFT would warn that it is spelt in another way
-        with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
-        expected = {key: tuple(value.shape) for key, value in adapter_tensors(model, "default").items()}
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
-        if wrong := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
+        try:
+            expected = _empty_adapter(config, LoraConfig.from_pretrained(str(adapter)))
+        except Exception as error:
+            raise InputError(f"{adapter}: does not fit the base model {name!r}: {error}") from None
+        found = load_file(adapter / "adapter_model.safetensors")
+        shapes = {key: tuple(value.shape) for key, value in found.items()}
+        if wrong := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
             raise InputError(f"{adapter}: does not fit the base model {name!r}: missing or reshaped {wrong[:3]}")
+        if not all(tensor.isfinite().all() for tensor in found.values()):
+            raise InputError(f"{adapter}: holds weights that are not finite")
+
+
+def _empty_adapter(config: Any, lora: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that such an adapter has on such a model; nothing is allocated."""
+    lora.base_model_name_or_path = None  # known to fit; PEFT would warn that it is spelt in another way
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
+    return {key: tuple(value.shape) for key, value in adapter_tensors(model, "default").items()}
 
 
 def acted_logits(
@@ -310,6 +332,8 @@ def check_adapter(folder: Path, base: str) -> None:
         raise InputError(f"{folder}: the adapter cannot be read (adapter_config.json holds no object)")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder}: only LoRA adapters are supported, this one is {config.get('peft_type')!r}")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and the like change the base
+        raise InputError(f"{folder}: adapters with init_lora_weights={config['init_lora_weights']!r} are not supported")
     made_for = config.get("base_model_name_or_path")
     if made_for != base and made_for != base_path(base):
         raise InputError(f"{folder}: the adapter was made for the base model {made_for!r}, not for {base!r}")

@@ -26,7 +26,7 @@ class HFSampler:
     """
 
     def __init__(self, policy: Policy, which: Which = "policy", *, batch_size: int = 256) -> None:
-        """`batch_size`: rows decoded at once."""
+        """`batch_size`: rows decoded at once; what was read for all of them is kept until the next `sync`."""
         self.policy, self.batch_size = policy, batch_size
         self.which: Which = which
         self.chat: ChatFormat = policy.chat

@@ -82,6 +82,7 @@ def make_env(
     seed: int | Key,
     history_window: int,
     told: Told | None = None,
+    group_seed: Key | None = None,
 ) -> Env:
     """An environment that plays `scenario` once.
 
@@ -90,6 +91,8 @@ def make_env(
         supervision: a pattern's name, or `{"probability": q, "fine": F}`.
         seed: everything random in it comes from here.
         history_window: how many past rounds stay in the conversation, >= 0.
+        group_seed: what the agent is told under `random` supervision comes from here: one for all episodes of a group,
+            which must start from the same prompt; `seed` where left out.
         told: an instruction to comply or to take the best-paid option; None in every evaluation.
 
     Raises:
@@ -98,7 +101,13 @@ def make_env(
     _check_testbed(scenario)
     seed = (seed,) if isinstance(seed, int) else seed
     return ENVIRONMENTS[scenario.testbed](
-        scenario, rounds=rounds, supervision=supervision, seed=seed, history_window=history_window, told=told
+        scenario,
+        rounds=rounds,
+        supervision=supervision,
+        seed=seed,
+        history_window=history_window,
+        told=told,
+        group_seed=group_seed,
     )
 
 

@@ -62,6 +62,8 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON that can be read ({error})") from None
 
 
 TEXTS = ("system", "task", "format", "supervised", "unsupervised", "neutral", "comply", "best_paid")
@@ -87,8 +89,15 @@ def _checked(scenarios: list[Scenario], path: Path) -> list[Scenario]:
             raise InputError(f"{where}: the largest of `payoffs` must be positive, got {dict(scenario.payoffs)}")
         if scenario.rule is not None and scenario.rule not in scenario.options:
             raise InputError(f"{where}: `rule` {scenario.rule!r} is none of the options {list(scenario.options)}")
+        try:
+            json.dumps(asdict(scenario), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: holds text that is not Unicode ({error.reason})") from None
         if missing := [key for key in TEXTS if key not in scenario.texts]:
             raise InputError(f"{where}: `texts` lacks {', '.join(missing)}")
         if missing := [key for key in ("required", "tempting") if scenario.extra.get(key) not in scenario.options]:
             raise InputError(f"{where}: `extra.{missing[0]}` must name one of the options {list(scenario.options)}")
+        required = scenario.extra["required"]
+        if required == scenario.extra["tempting"] or scenario.rule not in (None, required):
+            raise InputError(f"{where}: `extra.required` must be the rule's option and `extra.tempting` another one")
     return scenarios

@@ -63,11 +63,14 @@ class RolePlay(Env):
         seed: Key,
         history_window: int,
         told: Told | None = None,
+        group_seed: Key | None = None,
     ) -> None:
         check_supervision(supervision)
         self.scenario, self.rounds, self.window, self.told = scenario, rounds, history_window, told
         random = random_stream(*seed, "supervision")
         coins, draws = random.random(rounds), random.random(rounds)  # drawn whole: they do not depend on the replies
+        if group_seed is not None:
+            coins = random_stream(*group_seed, "supervision").random(rounds)
         if isinstance(supervision, str):
             self.fine = 0.0
             pattern = SUPERVISED_IN_ROUND.get(supervision)
@@ -233,7 +236,7 @@ def from_paper(item: Any, *, where: str) -> Scenario:
             raise InputError(f"{where}: field `{key}` must be {kind.__name__}, got {item.get(key)!r}")
     amounts = {key: item["params"].get(key) for key in ("low_reward", "high_reward")}
     for key, value in amounts.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
             raise InputError(f"{where}: field `params.{key}` must be a number, got {value!r}")
     required, tempting = item["supervised_choice"], item["better_choice"]
     task, _, instruction = item["user_prompt"].partition("IMPORTANT:")

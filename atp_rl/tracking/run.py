@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -29,6 +30,10 @@ from atp_rl.types import Episode, InputError
 
 class Interrupted(Exception):
     """The run stopped at a step border after a signal; its last checkpoint is complete. Exit code 75."""
+
+
+FILES = frozenset({"adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"})
+"""What a checkpoint holds beside its manifest."""
 
 
 class Checkpoint(NamedTuple):
@@ -75,6 +80,20 @@ class Run:
             raise InputError(f"{path}: no run here (a run directory holds recipe.yaml)")
         return cls(path)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile; the lock is gone with the process, however it ends.
+
+        Raises:
+            InputError: somebody does already.
+        """
+        with (self.path / "recipe.yaml").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.path}: another process is at work here; wait for it or end it") from None
+            yield
+
     @property
     def complete(self) -> bool:
         return (self.path / "summary.json").exists()
@@ -88,6 +107,8 @@ class Run:
         self._append("evaluations.jsonl", evaluation)
         if self.mirror:
             self.mirror.log(evaluation_metrics(evaluation))
+            columns, rows = evaluation_parts(evaluation)
+            self.mirror.log_table(f"eval/{evaluation['suite']}/parts", columns, rows)
 
     def log_alert(self, alert: Mapping[str, Any]) -> None:
         self._append("alerts.jsonl", alert)
@@ -199,6 +220,23 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]
     return metrics
 
 
+def evaluation_parts(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of an evaluation's rates by family and by what was told about supervision."""
+    rows = [
+        [
+            split,
+            kind,
+            part,
+            *(rates["violation"][key] for key in ("value", "low", "high", "n")),
+            rates["invalid"]["value"],
+        ]
+        for split, result in evaluation["splits"].items()
+        for kind in ("family", "supervision")
+        for part, rates in result[f"by_{kind}"].items()
+    ]
+    return ["split", "by", "part", "violation_rate", "ci_low", "ci_high", "n", "invalid_rate"], rows
+
+
 def episode_record(episode: Episode) -> dict[str, Any]:
     """An episode as JSON: texts, decisions and payoffs; tokens are left out, texts hold what they say."""
     return {
@@ -222,6 +260,8 @@ def check_manifest(folder: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a changed byte can make it anything
         return "no readable manifest.json"
+    if missing := FILES - expected.keys():
+        return f"manifest.json lacks {', '.join(sorted(missing))}"
     for name, (size, sha256) in expected.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:

@@ -21,8 +21,10 @@ def summarise(evaluations: Sequence[Mapping[str, Any]], metrics: Sequence[Mappin
     """
     curve = [evaluation["splits"]["held_out"] for evaluation in evaluations]
     steps = [evaluation["step"] for evaluation in evaluations]
-    counts = [round((point["violation"]["value"] or 0) * point["violation"]["n"]) for point in curve]
-    tipping = tipping_point(steps, counts, [point["violation"]["n"] for point in curve])
+    # rounds and samples of one scenario are not independent: the change point is tested as if each gave one decision
+    units = [min(point["violation"]["n"], point["scenarios"]) for point in curve]
+    counts = [round((point["violation"]["value"] or 0) * n) for point, n in zip(curve, units, strict=True)]
+    tipping = tipping_point(steps, counts, units)
     lows = [point["violation"]["low"] for point in curve]
     crossings = {f"{t:.2f}": time_to_threshold(steps, lows, t) for t in THRESHOLDS}
     tipped = tipping.step is not None and crossings[f"{TIPPED_ABOVE:.2f}"].step is not None

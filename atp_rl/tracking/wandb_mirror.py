@@ -108,7 +108,7 @@ class WandbMirror:
             # Settings of the process, not of the run alone: or W&B's own telemetry looks for its server when offline.
             wandb.setup(wandb.Settings(mode=mode, silent=True))
             return wandb.init(
-                dir=run_dir,
+                dir=run_dir.resolve(),  # the process that writes there may have been started elsewhere
                 id=run_id,
                 resume="allow",
                 project=project,

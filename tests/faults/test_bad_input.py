@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import save_file
 
 from atp_rl.cli import main
+from atp_rl.model.policy import TINY, Policy
 from atp_rl.scenarios import load
 from atp_rl.scenarios.files import write_jsonl
+from atp_rl.tracking.run import Run
 from tests import small_model
 from tests.command_line import ROLE_PLAY, atp
 
@@ -56,6 +58,10 @@ WRONG_RECIPES = {
     "a value TRL refuses": ("align.trl.lr_scheduler_type=cosin", "`align.trl` for dpo", "cosin"),
     "a model folder": ("model.name=./nowhere", "`model.name`", "./nowhere"),
     "a model on the Hub": ("model.name=nobody/nothing", "'nobody/nothing'", "cannot be loaded"),
+    "a layer": ("model.lora.target_modules=[nope]", "`model.lora`", "nope"),
+    "a pattern": ("model.lora.target_modules='(((('", "`model.lora`", "cannot be loaded"),
+    "a seed": ("seed=4294967296", "`seed` must be less than 4294967296", "got 4294967296"),
+    "nothing to align": ("scenarios.allowed=true", "`align`", "no pairs to learn from"),
     "no adapter": ("evolve.start_from=nowhere", "nowhere: no LoRA adapter here", "adapter_config.json"),
 }
 
@@ -107,6 +113,14 @@ def lacks_a_field(lines):
     del lines[1]["payoffs"]
 
 
+def half_a_character(lines):
+    lines[1]["texts"]["task"] += "\ud800"
+
+
+def against_its_rule(lines):
+    lines[1]["extra"] = {"required": lines[1]["extra"]["tempting"], "tempting": lines[1]["extra"]["required"]}
+
+
 def equal_options(lines):
     lines[1]["options"] = ["Route A", " route a."]
     lines[1]["payoffs"] = {"Route A": 1, " route a.": 2}
@@ -121,6 +135,8 @@ def no_positive_payoff(lines):
 
 
 WRONG_FILES = {
+    half_a_character: ["holds text that is not Unicode"],
+    against_its_rule: ["`extra.required` must be the rule's option"],
     no_positive_payoff: ["the largest of `payoffs` must be positive"],
     lacks_a_field: ["line 2", "`payoffs`", "required"],
     equal_options: ["needs two different options"],
@@ -176,6 +192,7 @@ PAPER_ITEM = {
         ([PAPER_ITEM, {k: v for k, v in PAPER_ITEM.items() if k != "better_choice"}],
          ["item 1", "`better_choice` must be str"]),
         ([PAPER_ITEM | {"better_choice": "Invest"}], ["needs two different options"]),
+        ([PAPER_ITEM | {"params": {"low_reward": 1, "high_reward": 10**400}}], ["item 0", "`params.high_reward`"]),
         ([PAPER_ITEM | {"params": {"low_reward": 1}}], ["item 0", "`params.high_reward`"]),
     ],
 )  # fmt: skip
@@ -202,6 +219,61 @@ def test_an_adapter_that_claims_to_fit_and_does_not(refused):
     Path("adapter/adapter_config.json").write_text(json.dumps(config))
     message = refused(*run("evolve.start_from=adapter"))
     assert "adapter: does not fit the base model 'tiny'" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"target_modules": ["nope"]}, "does not fit the base model"),
+        ({"r": "eight"}, "does not fit the base model"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' are not supported"),
+    ],
+)
+def test_an_adapter_with_a_strange_configuration(changed, expected, refused):
+    policy = Policy.load(TINY, lora=small_model.lora(), seed=0)
+    policy.save_adapter(Path("adapter"))
+    config = json.loads(Path("adapter/adapter_config.json").read_text()) | changed
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    assert expected in refused(*run("evolve.start_from=adapter"))
+
+
+def test_an_adapter_that_is_not_finite(refused):
+    policy = Policy.load(TINY, lora=small_model.lora(), seed=0)
+    small_model.nudge(policy, float("nan"), seed=0)
+    policy.save_adapter(Path("adapter"))
+    assert "holds weights that are not finite" in refused(*run("evolve.start_from=adapter"))
+
+
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a run is one process on one GPU" in refused(*run())
+
+
+def test_weights_that_are_none(refused):
+    shutil.copytree(small_model.base(), "m")
+    Path("m/model.safetensors").write_bytes(b"garbage")
+    assert "model './m'" in refused(*run("model.name=./m"))
+    Path("m/model.safetensors").unlink()
+    shutil.rmtree("m/x", ignore_errors=True)
+    assert "holds no *.safetensors" in refused(*run("model.name=./m"))
+
+
+def test_a_weight_defense_without_weights_to_defend(refused):
+    overlay = Path(ROLE_PLAY).with_name("in_context.yaml")
+    message = refused("run", ROLE_PLAY, overlay, "defenses=[kl_anchor]", "track.wandb=disabled", "run.dir=run")
+    assert "kl_anchor changes nothing where no weights are updated" in message
+
+
+def test_two_processes_in_one_run_directory(refused, tmp_path):
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("seed: 0\n")
+    with Run.open(Path("run")).locked():
+        assert "run: another process is at work here" in refused("resume", "run")
+
+
+def test_places_for_results_that_are_none(refused):
+    Path("file").write_text("mine")
+    assert "file: is not a directory" in refused("demo", "--out", "file")
 
 
 def test_an_adapter_in_pickle_is_not_touched(refused):
