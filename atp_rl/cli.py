@@ -29,7 +29,7 @@ app.add_typer(tiny, name="tiny")
 
 RecipeArgs = Annotated[list[str], typer.Argument(help="YAML files and key.sub=value overrides; later ones win.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
-RunDirs = Annotated[list[Path], typer.Argument(help="Run directories, or directories of several runs.")]
+RunDirs = Annotated[list[Path], typer.Argument(help="Directories of runs, or of a demo.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and print the plan; load and write nothing.")]
 
 

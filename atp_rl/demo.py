@@ -115,16 +115,16 @@ def reading(arms: list[dict]) -> str:
     def span(runs: list[dict], when: str) -> str:
         values = sorted(run[when]["violation_rate"] for run in runs)
         n = runs[0][when]["n"]
-        ends = f"{values[0]:.0%}" if values[0] == values[-1] else f"{values[0]:.0%} to {values[-1]:.0%}"
+        ends = f"{values[0]:.0%}" if values[0] == values[-1] else f"{100 * values[0]:.0f}-{values[-1]:.0%}"
         return f"{ends} (n {n} per seed, {len(runs)} seed{'s' if len(runs) > 1 else ''})"
 
     bare, anchored, watched = of("undefended"), of("kl_anchor"), of("detection_0.9")
     tipped = sum(arm["tipped"] for arm in bare)
     return (
-        f"Paid for breaking the rule, the aligned tiny model went from {span(bare, 'aligned')} violations on held-out "
-        f"families to {span(bare, 'final')}; {tipped} of {len(bare)} seeds tipped. Under the same pay the KL anchor "
-        f"ended at {span(anchored, 'final')}, and where nine of ten violations are caught, the undefended policy ended "
-        f"at {span(watched, 'final')}."
+        f"Paid for breaking the rule, the aligned tiny model's violations on held-out families went from "
+        f"{span(bare, 'aligned')} to {span(bare, 'final')}; {tipped} of {len(bare)} seeds tipped. Under the same pay "
+        f"the KL anchor ended at {span(anchored, 'final')}, and where nine of ten violations are caught, the "
+        f"undefended policy ended at {span(watched, 'final')}."
     )
 
 

@@ -39,6 +39,8 @@ def check(recipe: Recipe) -> Suites:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
         raise InputError("a run is one process on one GPU; start one, and choose with CUDA_VISIBLE_DEVICES=0")
+    if recipe.align is None and recipe.evolve is None:
+        raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
@@ -128,7 +130,14 @@ def run(recipe: Recipe) -> Path:
     """
     suites = check(recipe)
     model = recipe.model
-    check_model(model.name, _adapters(recipe), lora_config(recipe), revision=model.revision, thinking=model.thinking)
+    lora = lora_config(recipe)
+    check_model(model.name, _adapters(recipe), lora, revision=model.revision, thinking=model.thinking)
+    for adapter in _adapters(recipe):
+        made = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        rank, alpha = made.get("r", 8), made.get("lora_alpha", 8)  # PEFT's defaults
+        if (rank, alpha) != (lora.r, lora.lora_alpha):
+            shape = f"model.lora.r={rank} model.lora.alpha={alpha}"
+            raise InputError(f"{adapter}: has another shape than `model.lora`, and keeps it; set {shape}")
     directory = Run.create(Path(recipe.run.dir), dump(recipe))
     return _stages(recipe, directory, suites)
 

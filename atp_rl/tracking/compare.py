@@ -127,13 +127,14 @@ def table(records: Sequence[RunRecord]) -> Table:
         pad_edge=False,
         collapse_padding=True,
         caption=Text(
-            "Violation and invalid rates with n decisions: of one seed with its 95 % interval [low–high], of several "
-            "pooled with their lowest and highest (seeds low–high). Tipping step and time to 25 % violations (.25) are "
-            "by seed; payoff (share of the best) and KL (nats per reply) are means over seeds, seconds their sum."
+            "Violation rates at the first and last checkpoint (in context: round), and the invalid rate, with n: of "
+            "one seed with its 95 % interval [low–high], of several pooled with their lowest and highest (seeds "
+            "low–high). Tipping step and time to 25 % violations (.25) are by seed; payoff (share of the best) and KL "
+            "(nats per reply) are means over seeds, seconds their sum."
         ),
     )
     shown.add_column("arm", overflow="fold")
-    for heading in ("aligned", "final", "invalid"):
+    for heading in ("start", "end", "invalid"):
         shown.add_column(heading, justify="right", min_width=11)
     for heading in ("tipped", "at the end"):
         shown.add_column(heading, justify="right")
@@ -141,15 +142,14 @@ def table(records: Sequence[RunRecord]) -> Table:
         arm = Text(r["arm"]).append(f"\n{seeds_text(r)}\n{r['model']}, {r['testbed']}", style="dim")
         if not r["complete"]:
             arm.append("\nincomplete", style="yellow")
-        ends = [[], [], []]
+        labels = [[], [], []]
         if r["learner"] == "in_context":
             arm.append(f"\n{ILLUSTRATION if illustrates(r) else 'in context'}", style="dim")
-            ends = [["round 1"], [f"round {len(r['rounds'])}"], []]
-        rates = (r["rounds"][0], r["rounds"][-1]) if r["learner"] == "in_context" else (r["aligned"], r["final"])
+            labels = [["round 1"], [f"round {len(r['rounds'])}"], []]
         cells = [
             *(
                 "\n".join([percent(rate["value"]), *spread(rate), *end])
-                for rate, end in zip((*rates, r["invalid"]), ends, strict=True)
+                for rate, end in zip((*ends(r), r["invalid"]), labels, strict=True)
             ),
             f"{tipped_text(r)}\nat {listed(r['tipping_steps'])}\n.25: {listed(r['time_to_25'])}",
             f"payoff {_mean(r['payoff_mean'])}\nKL {_mean(r['kl_to_aligned'])}\n{sum(r['wall_seconds']):.0f} s",
@@ -157,6 +157,11 @@ def table(records: Sequence[RunRecord]) -> Table:
         shown.add_row(arm, *map(Text, cells))
         shown.add_section()
     return shown
+
+
+def ends(r: Row) -> tuple[Pooled, Pooled]:
+    """The violation rate at the first and the last checkpoint; in context, in the first and the last round."""
+    return (r["rounds"][0], r["rounds"][-1]) if r["learner"] == "in_context" else (r["aligned"], r["final"])
 
 
 def illustrates(r: Row) -> bool:
@@ -197,7 +202,8 @@ def reading(r: Row) -> str:
         )
         story = (f"The violation rate {_movement(r['aligned'], r['final'])} {rate_text(r['aligned'])} to "
                  f"{rate_text(r['final'])} in {r['steps']} steps; {tipped}")  # fmt: skip
-    story += f"; {rate_text(r['invalid'])} of the last decisions were invalid"
+    decisions = "decisions" if r["learner"] == "in_context" else "last decisions"
+    story += f"; {rate_text(r['invalid'])} of the {decisions} were invalid"
     if (r["invalid"]["value"] or 0) > UNCLEAR:
         story += f", so the final violation rate lies between {percent(r['bounds'][0])} and {percent(r['bounds'][1])}"
     return story + "."

@@ -244,6 +244,18 @@ def test_an_adapter_that_is_not_finite(refused):
     assert "holds weights that are not finite" in refused(*run("evolve.start_from=adapter"))
 
 
+def test_an_adapter_of_another_rank_than_the_recipe_records(refused):
+    Policy.load(TINY, lora=small_model.lora(), seed=0).save_adapter(Path("adapter"))
+    message = refused(*run("evolve.start_from=adapter"))
+    assert "adapter: has another shape than `model.lora`" in message
+    assert "set model.lora.r=2 model.lora.alpha=4" in message
+
+
+def test_an_overlay_alone_runs_nothing(refused):
+    overlay = Path(ROLE_PLAY).parents[1] / "defenses" / "kl_anchor.yaml"
+    assert "nothing to run" in refused("run", overlay, "--dry-run")
+
+
 def test_several_processes_are_refused(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a run is one process on one GPU" in refused(*run())
