@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from atp_rl import scenarios_cli
 from atp_rl.types import InputError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 tiny = typer.Typer(help="The tiny model that ships with the package.", no_args_is_help=True)
 app.add_typer(tiny, name="tiny")
+app.add_typer(scenarios_cli.app, name="scenarios")
 
 RecipeArgs = Annotated[list[str], typer.Argument(help="YAML files and key.sub=value overrides; later ones win.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -34,12 +36,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and prin
 
 
 @app.command()
-def run(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+def run(
+    recipe: RecipeArgs,
+    dry_run: DryRun = False,
+    overlay: Annotated[
+        list[str] | None, typer.Option("--overlay", "-o", help="YAML file laid over the others; overrides still win.")
+    ] = None,
+) -> None:
     """Run all stages of a recipe: align, evolve, evaluate."""
     from atp_rl import pipeline
     from atp_rl.recipe import dump, load
 
-    resolved = load(recipe)
+    files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
+    resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     suites = pipeline.check(resolved)
     if dry_run:
         print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
@@ -104,12 +113,17 @@ def report(
 
 
 @app.command()
-def compare(runs: RunDirs) -> None:
-    """Print the table of one or several runs."""
-    from atp_rl.tracking.compare import table
+def compare(
+    runs: RunDirs,
+    paper: Annotated[bool, typer.Option("--paper", help="Beside the figures of arXiv 2510.04860 instead.")] = False,
+) -> None:
+    """Print the tables of one or several runs."""
+    from atp_rl.tracking.compare import tables
+    from atp_rl.tracking.paper import paper_tables
     from atp_rl.tracking.read import expand
 
-    _print(table(expand(runs)))
+    for shown in paper_tables(expand(runs)) if paper else tables(expand(runs)):
+        _print(shown)
 
 
 @app.command()
@@ -118,7 +132,7 @@ def play(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     supervision: Annotated[str, typer.Option(help="A pattern, or the probability of detection.")] = "alternating",
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    scenarios: Annotated[Path | None, typer.Option(help="Scenario file (JSONL); default: the shipped ones.")] = None,
+    scenarios: Annotated[Path | None, typer.Option(help="Scenario file; default: the shipped ones.")] = None,
 ) -> None:
     """Sit in a seat yourself."""
     from atp_rl.play import play_as_human

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 import reward_models
 from atp_rl.align import run_alignment
@@ -19,10 +18,19 @@ from atp_rl.align.conversation import best_paid_option
 from atp_rl.align.trainer import trl_config
 from atp_rl.defenses import Defense
 from atp_rl.evolve.loop import evolve
-from atp_rl.evolve.setup import evaluate_suites, load_policy, lora_config
-from atp_rl.model.policy import base_path, check_adapter, check_model
+from atp_rl.evolve.setup import (
+    evaluate_suites,
+    learning_seats,
+    load_policy,
+    lora_config,
+    settings_of,
+    training_play,
+)
+from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
 from atp_rl.model.sampler import HFSampler
-from atp_rl.recipe import Recipe, check_defenses, dump, load
+from atp_rl.recipe import POPULATIONS, Recipe, check_defenses, dump, load
+from atp_rl.scenarios import make_env
+from atp_rl.scenarios.sandbox import Sandbox
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.tracking.progress import progress
 from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_border
@@ -42,6 +50,7 @@ def check(recipe: Recipe) -> Suites:
     if recipe.align is None and recipe.evolve is None:
         raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
+    _check_environments(recipe, suites)
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
@@ -57,6 +66,8 @@ def check(recipe: Recipe) -> Suites:
         for spec, defense in zip(recipe.defenses, defenses, strict=True):
             if type(defense).on_prompt is Defense.on_prompt:
                 raise InputError(f"`defenses`: {spec.name} changes nothing where no weights are updated; leave it out")
+    if recipe.evolve and recipe.evolve.learner in POPULATIONS:
+        _check_population(recipe, suites)
     if recipe.evolve:
         for reward in recipe.evolve.rewards:
             if reward not in reward_models.REWARD_MODELS:
@@ -65,9 +76,45 @@ def check(recipe: Recipe) -> Suites:
     return suites
 
 
+def _check_environments(recipe: Recipe, suites: Suites) -> None:
+    """Whether every suite's environments can be built, and their tools run."""
+    world, aligns = recipe.scenarios, recipe.align is not None and recipe.align.adapter is None
+    rounds = recipe.evaluate.rounds or world.rounds
+    for scenarios, played in ((suites.held_out, rounds), (suites.train, world.rounds), (suites.align, aligns)):
+        if scenarios and played:
+            env = make_env(
+                scenarios[0],
+                rounds=int(played),
+                supervision="all_unsupervised",
+                seed=0,
+                history_window=world.history_window,
+            )
+            if env.runs_tools:
+                Sandbox.find()
+    if aligns and recipe.align and recipe.align.method == "grpo" and suites.align[0].extra.get("calling") == "template":
+        raise InputError("`align.method`: TRL's GRPO does not announce our tool; use dpo, or the calling json")
+    if aligns and recipe.align and recipe.align.rounds > 1 and suites.align[0].testbed == "tool_use":
+        raise InputError("`align.rounds`: pairs of tool use are of one round, its first reply; set it to 1")
+
+
+def _check_population(recipe: Recipe, suites: Suites) -> None:
+    settings = settings_of(recipe)
+    every = [*suites.train, *suites.gate, *suites.held_in, *suites.held_out]
+    seats = {learning_seats(scenario, training_play(recipe)) for scenario in every}
+    if len(seats) > 1 or len(next(iter(seats))) < 2:
+        raise InputError(
+            f"`evolve.learner`: {settings.learner} has one adapter a seat, so all scenarios need the same seats, and "
+            f"more than one; here are {' and '.join(sorted(str(len(each)) for each in seats))}"
+        )
+    if settings.deviants and settings.deviants.count >= len(next(iter(seats))):
+        raise InputError(f"`evolve.deviants.count`: must leave an aligned seat among the {len(next(iter(seats)))}")
+
+
 def _adapters(recipe: Recipe) -> list[Path]:
     """Directories of the adapters that a recipe takes from elsewhere."""
     aligned = [Path(recipe.align.adapter)] if recipe.align and recipe.align.adapter else []
+    if recipe.evolve and recipe.evolve.deviants:
+        aligned.append(Path(recipe.evolve.deviants.adapter))
     start = recipe.evolve.start_from if recipe.evolve else "aligned"
     return aligned if start in ("aligned", "base") else [*aligned, Path(start)]
 
@@ -81,6 +128,8 @@ def suites_of(recipe: Recipe, *, trained_on: bool | None = None) -> Suites:
         "allowed": world.allowed,
         "paper": world.paper,
         "file": world.file,
+        **(world.collusion.model_dump() if world.collusion else {}),
+        **(world.tool_use.model_dump() if world.tool_use else {}),
     }
     return make_suites(
         spec,
@@ -216,7 +265,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     own = load([str(path / "recipe.yaml")]).scenarios
     other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.paper, own.file)
     suites = suites_of(recipe, trained_on=_learns(recipe) and not other_file)
-    policy = load_policy(recipe, _anchor(recipe, run))
+    policy = load_policy(recipe, _anchor(recipe, run), suites)
     sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
@@ -224,7 +273,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
         for step, folder in chosen.items():
             if problem := check_manifest(folder):
                 raise InputError(f"{folder}: broken checkpoint ({problem})")
-            policy.restore(load_file(folder / "adapter_model.safetensors"))
+            policy.restore(read_adapters(folder))
             sampler.sync(policy)
             record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
             records.append(record | {"overrides": list(overrides)})

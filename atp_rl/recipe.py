@@ -103,15 +103,60 @@ Supervision = Annotated[
 ]
 
 
+Factors = Annotated[list[float], Field(min_length=3, max_length=3)]
+Thresholds = Annotated[
+    Annotated[Count, Tag("<number>")] | Annotated[list[Count], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<number>"),
+]
+FactorSets = Annotated[
+    Annotated[Factors, Tag("<set>")] | Annotated[list[Factors], Field(min_length=1), Tag("<list>")],
+    Discriminator(
+        lambda value: "<list>" if isinstance(value, list) and value and isinstance(value[0], list) else "<set>"
+    ),
+]
+
+
+class Collusion(_Strict):
+    """The rules of the threshold game; what is left out is as in the paper's file, or as said here."""
+
+    n: Annotated[int, Field(ge=2)] | None = None
+    """Seats; 8 unless a file says otherwise."""
+    threshold: Thresholds | None = None
+    """Collective choices from which on the collusion succeeds (default 4); a list makes a grid."""
+    rewards: FactorSets | None = None
+    """Factors of a round, [high, normal, low] (default [1.4, 1.1, 0.8]); a list of such sets makes a grid."""
+    reward_mode: Literal["multiplicative", "additive"] | None = None
+    """A factor multiplies the capital (default), or a round adds (factor - 1) x the starting capital."""
+    success: Literal["all", "collective"] | None = None
+    """Who gets `high` when the collusion succeeds: all (default), or collective seats alone."""
+    peer_history: Annotated[str, Field(pattern=r"^(full|final|counts|none|delayed\(\d+\))$")] | None = None
+    """What a seat reads of the others: full, final, counts (default), none, or delayed(d)."""
+    fixed: CountOrZero | None = None
+    """So many seats, the last ones, do not learn (default 0)."""
+    fixed_as: Literal["collective", "aligned"] | None = None
+    """They always take the collective option (default), or the frozen aligned adapter plays them."""
+
+
+class ToolUse(_Strict):
+    """What is solved with the tool, and what it costs."""
+
+    problems: Literal["reasoning_gym", "sums", "gsm8k"] | None = None
+    """Generated ones (default), sums that the tiny model can do, or GSM8K from the Hub."""
+    tool_cost: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of one round in which the tool was used, as a share of the pay for a right answer (default .4)."""
+    calling: Literal["json", "template"] | None = None
+    """How the tool is called: as JSON that the texts explain (default), or as the chat template has it."""
+
+
 class Scenarios(_Strict):
     """What the agent is put through."""
 
-    testbed: Literal["role_play"] = "role_play"
-    """Family of environments."""
+    testbed: Name = "role_play"
+    """Family of environments: role_play, collusion, tool_use, or one of your own."""
     paper: Name | None = None
-    """Path of a scenario file in the paper's format; null uses this project's scenarios."""
+    """Path of a data file of the paper; null uses this project's scenarios."""
     file: Name | None = None
-    """Path of a JSONL file of scenarios written by atp_rl; excludes `paper`."""
+    """Path of a file of scenarios (JSONL or YAML); excludes `paper`."""
     families: list[Name] | None = None
     """Families to draw from; null is all of them."""
     per_family: Count = 8
@@ -124,6 +169,10 @@ class Scenarios(_Strict):
     """Past rounds that stay in the prompt."""
     supervision: Supervision = "all_unsupervised"
     """A pattern over the rounds, or a mapping with `probability` and `fine`."""
+    collusion: Collusion | None = None
+    """Rules of the game, for the testbed `collusion`."""
+    tool_use: ToolUse | None = None
+    """For the testbed `tool_use`."""
 
     @field_validator("file")
     @classmethod
@@ -158,11 +207,36 @@ class Align(_Strict):
         return self
 
 
+class Deviants(_Strict):
+    """Seats of a population that start from another adapter than the aligned one."""
+
+    count: Count
+    """So many seats, the first ones."""
+    adapter: Name
+    """Directory of the adapter that they start from, e.g. a checkpoint of a run that has tipped."""
+
+
+class Imitation(_Strict):
+    """Whom a seat copies, and how much."""
+
+    peers: Literal["all", "ring", "random"] = "all"
+    """Everybody, the two beside it on a ring, or its neighbours in a random graph."""
+    degree: Positive = 3.0
+    """Mean number of neighbours in the random graph."""
+    weight: Positive = 1.0
+    """Of the imitation loss beside the policy gradient."""
+
+
+POPULATIONS = ("population", "imitation")
+"""Learners with one adapter for every seat."""
+
+
 class Evolve(_Strict):
     """Self-evolution on the payoff: the process under study."""
 
-    learner: Literal["policy_gradient", "in_context"] = "policy_gradient"
-    """What changes between decisions: the weights, or only the history in the prompt."""
+    learner: Literal["policy_gradient", "population", "imitation", "in_context"] = "policy_gradient"
+    """What learns: one adapter for all seats (policy_gradient), one for each seat from its own payoffs (population) and
+    from what paid its peers (imitation), or nothing but the history in the prompt (in_context)."""
     start_from: Name = "aligned"
     """`aligned` (the align stage's adapter), `base` (the bare model), or the path of an adapter directory."""
     steps: Annotated[CountOrZero, Field(validate_default=True)] = 0
@@ -195,13 +269,25 @@ class Evolve(_Strict):
     """Sampling temperature."""
     rewards: Annotated[dict[Name, float], Field(min_length=1)] = {"payoff": 1.0}
     """Entries of `reward_models` and their weights in the sum."""
+    deviants: Deviants | None = None
+    """Seats that start from another adapter, for learners with one adapter a seat; null is none."""
+    imitation: Imitation = Imitation()
+    """For the learner `imitation`."""
+
+    @field_validator("deviants")
+    @classmethod
+    def _has_seats(cls, deviants: Deviants | None, info: ValidationInfo) -> Deviants | None:
+        if deviants and info.data.get("learner") not in POPULATIONS:
+            raise ValueError("needs a learner with one adapter a seat: `evolve.learner` population or imitation")
+        return deviants
 
     @field_validator("steps")
     @classmethod
     def _steps_fit(cls, steps: int, info: ValidationInfo) -> int:
-        if info.data.get("learner") == "policy_gradient" and steps == 0:
-            raise ValueError("must be at least 1 for learner policy_gradient; set the number of policy updates")
-        if info.data.get("learner") == "in_context" and steps != 0:
+        learner = info.data.get("learner", "in_context")
+        if learner != "in_context" and steps == 0:
+            raise ValueError(f"must be at least 1 for learner {learner}; set the number of policy updates")
+        if learner == "in_context" and steps != 0:
             raise ValueError(
                 "must be 0 for learner in_context, which updates no weights; set `scenarios.rounds` instead"
             )
@@ -210,8 +296,9 @@ class Evolve(_Strict):
     @field_validator("group_size")
     @classmethod
     def _has_a_baseline(cls, size: int, info: ValidationInfo) -> int:
-        if info.data.get("learner") == "policy_gradient" and size == 1:
-            raise ValueError("must be at least 2 for learner policy_gradient: one episode has no baseline")
+        learner = info.data.get("learner", "in_context")
+        if learner != "in_context" and size == 1:
+            raise ValueError(f"must be at least 2 for learner {learner}: one episode has no baseline")
         return size
 
 

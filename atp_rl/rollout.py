@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from atp_rl.scenarios import Supervision, Told, make_env
@@ -25,6 +26,8 @@ class Play:
     history_window: int
     sampling: SamplingParams
     told: Told | None = None
+    population: bool = False
+    """Whether every seat has an adapter of its own, of the seat's name; else all are played by `policy`."""
 
 
 class Rollout(NamedTuple):
@@ -74,14 +77,21 @@ def rollout(
                 messages = hook(messages)
             asked = sum(m["role"] == "assistant" for m in messages)
             replies = o.replies[seat][len(o.replies[seat]) - asked :]
-            prompt = chat_format.encode(messages, [r.token_ids for r in replies]) if chat_format else []
-            chats.append(Chat(messages, prompt, o.episode.scenario.options, o.reply_seed(seat)))
+            written = [reply.token_ids for reply in replies]
+            prompt = chat_format.encode(messages, written, o.env.tools) if chat_format else []
+            chats.append(
+                Chat(messages, prompt, o.episode.scenario.options, o.reply_seed(seat), o.player(seat), o.env.tools)
+            )
         completions = sampler.generate(chats, play.sampling)
         tokens += sum(len(c.token_ids) for c in completions)
         for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
             o.take(seat, chat, completion)
-        for o in open_episodes:
-            o.step()
+        if any(o.env.runs_tools for o in open_episodes):
+            with ThreadPoolExecutor() as pool:  # each waits for a process; their order changes nothing
+                list(pool.map(_Open.step, open_episodes))
+        else:
+            for o in open_episodes:
+                o.step()
     groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
     return Rollout(groups, tokens, time.perf_counter() - begun)
 
@@ -101,11 +111,16 @@ class _Open:
             group_seed=(*seed, scenario.id),
         )
         self.episode = Episode(scenario, sample, key, [], {seat: [] for seat in self.env.seats}, version)
+        self.population = play.population
         self.replies: dict[str, list[Completion]] = {seat: [] for seat in self.env.seats}
+        self.decided = Counter[str]()
         self.pending: dict[str, Chat] = {}
 
     def reply_seed(self, seat: str) -> Key:
         return (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
+
+    def player(self, seat: str) -> str:
+        return "aligned" if seat in self.env.frozen else seat if self.population else "policy"
 
     def take(self, seat: str, chat: Chat, completion: Completion) -> None:
         self.pending[seat] = chat
@@ -116,10 +131,15 @@ class _Open:
             return
         outcomes = self.env.step({seat: self.replies[seat][-1].text for seat in self.pending})
         for seat, chat in self.pending.items():
-            completion = self.replies[seat][-1]
-            turn = Turn(seat, len(self.replies[seat]) - 1, tuple(chat.prompt_ids), completion, outcomes[seat])
-            self.episode.turns.append(turn)
+            completion, outcome = self.replies[seat][-1], outcomes[seat]
+            prompt, decided = tuple(chat.prompt_ids), self.decided[seat]
+            self.episode.turns.append(Turn(seat, decided, prompt, completion, outcome, chat.player))
+            self.decided[seat] += outcome.verdict is not None
             seen = self.episode.messages[seat]
             new = chat.messages[-1:] if seen else list(chat.messages)
             self.episode.messages[seat] = [*seen, *new, {"role": "assistant", "content": completion.text}]
+        turns = self.episode.turns
+        for seat in sorted(outcomes.keys() - self.pending.keys()):  # what its last reply came to as others moved
+            last = max(i for i, turn in enumerate(turns) if turn.seat == seat)
+            turns[last] = replace(turns[last], outcome=outcomes[seat])
         self.pending = {}

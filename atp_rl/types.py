@@ -25,7 +25,7 @@ class InputError(Exception):
 
 
 class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
@@ -48,6 +48,11 @@ class Scenario:
     """The option that the rule requires; None where the rule allows every option (the over-compliance control)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def payoff_unit(self) -> float:
+        """What payoffs are divided by, so that scenarios weigh the same: the largest one, unless `extra` says more."""
+        return float(self.extra.get("payoff_unit", max(self.payoffs.values())))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -60,8 +65,13 @@ class Outcome:
     """Whether the agent was told that it is supervised in this round; None when it was told neither."""
     detected: bool
     """Whether supervision saw this violation; it changes the payoff, never the verdict."""
-    verdict: Verdict
+    verdict: Verdict | None
+    """None where the reply has not decided the round yet: a call of a tool, after which the seat is asked again."""
     done: bool
+    ruled: bool = True
+    """Whether the rule demanded anything in this round; if not, the decision counts in no violation rate."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of the decision and reported, by name: e.g. whether an answer was correct. Plain JSON."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,11 @@ class Chat:
     options: tuple[str, ...]
     seed: Key
     """Entropy of this one reply; the same seed draws the same reply whatever else is in the batch."""
+    player: str = "policy"
+    """Who answers: the name of an adapter. `policy` is the live one, `aligned` the frozen anchor, and in a population
+    every seat has its own."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the chat template announces; empty where the text does."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +109,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turn:
-    """One decision of one seat: what it read (`prompt_ids`), what it wrote (`completion`), and what came of it."""
+    """One reply of one seat: what it read (`prompt_ids`), what it wrote (`completion`), and what came of it."""
 
     seat: str
     round: int
+    """From 0. Several turns of a seat share a round where it used a tool; the last of them holds the verdict."""
     prompt_ids: tuple[int, ...]
     completion: Completion
     outcome: Outcome
+    player: str = "policy"
+    """Who answered, as in `Chat`."""
 
 
 @dataclass

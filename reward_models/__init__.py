@@ -7,7 +7,8 @@ not tell". The columns, one value a completion, are those of a scenario, or of t
 - `options` (list of str): what can be chosen,
 - `required` (str or None): the option that the rule asks for; None where the rule allows every option,
 - `payoffs` (dict): what an undetected choice of each option pays,
-- `payoff` (float or None, optional): what the environment did pay, detection included.
+- `payoff` (float or None, optional): what the environment did pay, detection included,
+- `payoff_unit` (float or None, optional): what payoffs are divided by, where that is not the largest of `payoffs`.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,8 @@ from atp_rl.model.policy import Policy, check_adapter, hash_tensors, load_base, 
 from atp_rl.model.sampler import HFSampler, TextSampler
 from atp_rl.model.tiny import BuildPlan, make_model, make_tokenizer
 from atp_rl.scenarios.choices import format_choice
-from atp_rl.scenarios.role_play import TOLD_TEXTS, compose, families
+from atp_rl.scenarios.role_play import compose, families
+from atp_rl.scenarios.supervision import TOLD_TEXTS
 from atp_rl.types import Chat, InputError, SamplingParams
 
 ONE_REPLY = SamplingParams(max_new_tokens=16)

@@ -17,7 +17,7 @@ from atp_rl.evaluate import drift
 from atp_rl.evaluate.drift import adapter_distance, kl_to_aligned
 from atp_rl.evaluate.evaluator import decision_propensity, evaluate, measure, tally
 from atp_rl.model.chat import ChatFormat
-from atp_rl.model.policy import load_base
+from atp_rl.model.policy import Policy, load_base
 from atp_rl.model.portions import portions
 from atp_rl.model.sampler import HFSampler, TextSampler
 from atp_rl.rollout import Play
@@ -287,8 +287,10 @@ def test_the_kl_by_hand():
             return type("Output", (), {"logits": logits})
 
     class Pair:
+        live = ("policy",)
         device = torch.device("cpu")
         chat = type("Chat", (), {"pad_id": 0})
+        acted_distribution, _acted_logits = Policy.acted_distribution, Policy._acted_logits
 
         def using(self, which):
             return nullcontext(Fixed(0.5, 0.5) if which == "policy" else Fixed(0.25, 0.75))

@@ -48,11 +48,12 @@ def test_rounds_that_only_append_are_one_row():
         turn((1, 2, 3, 4, 5, 6, 7), (8,), round=1, logprobs=(-0.8,)),
         turn((1, 2, 3, 4, 5, 6, 7, 8, 9), (4, 10, 11), round=2, logprobs=(-0.1, -0.2, -0.3)),
     )
-    assert training_rows(played) == [
+    assert training_rows(played.turns) == [
         Row(
             ids=(1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 10, 11),
             acted=(3, 4, 7, 9, 10, 11),  # 4 5 . 8 . 4 10 11
             logprobs=(-0.4, -0.5, -0.8, -0.1, -0.2, -0.3),
+            player="policy",
         )
     ]
 
@@ -65,17 +66,20 @@ def test_a_cut_of_the_history_starts_a_new_row():
         turn((1, 9, 7, 6, 8, 5, 6), (3,), round=3, logprobs=(-0.3,)),
         turn((1,), (2,), round=4, logprobs=(-0.9,)),  # shorter than the row before, which begins with it
     )
-    assert training_rows(played) == [
-        Row((1, 2, 3, 4, 5, 6, 7), (3, 4, 6), (-0.4, -0.5, -0.7)),
-        Row((1, 9, 7, 6, 8, 5, 6, 3), (4, 5, 7), (-0.1, -0.2, -0.3)),
-        Row((1, 2), (1,), (-0.9,)),
+    assert training_rows(played.turns) == [
+        Row((1, 2, 3, 4, 5, 6, 7), (3, 4, 6), (-0.4, -0.5, -0.7), "policy"),
+        Row((1, 9, 7, 6, 8, 5, 6, 3), (4, 5, 7), (-0.1, -0.2, -0.3), "policy"),
+        Row((1, 2), (1,), (-0.9,), "policy"),
     ]
 
 
 def test_the_same_prompt_again_is_a_new_row():
     # without history a round reads what the round before read, not what was replied to it
     played = episode(turn((1, 2), (3,)), turn((1, 2), (4,), round=1))
-    assert training_rows(played) == [Row((1, 2, 3), (2,), (0.0,)), Row((1, 2, 4), (2,), (0.0,))]
+    assert training_rows(played.turns) == [
+        Row((1, 2, 3), (2,), (0.0,), "policy"),
+        Row((1, 2, 4), (2,), (0.0,), "policy"),
+    ]
 
 
 def play(policy: Policy, *, rounds: int = 1, window: int = 5, group_size: int = 4, scenarios: int = 2) -> list[Group]:
@@ -91,7 +95,7 @@ def test_the_rows_of_a_played_episode_hold_exactly_what_was_drawn(window, rows):
     policy = make_policy()
     for group in play(policy, rounds=4, window=window):
         for played in group:
-            made = training_rows(played)
+            made = training_rows(played.turns)
             assert len(made) == rows
             drawn = [token for t in played.turns for token in t.completion.token_ids]
             assert [row.ids[position] for row in made for position in row.acted] == drawn
@@ -149,10 +153,10 @@ def test_episodes_with_the_same_tokens_count_as_often_as_they_occur(loss_type):
     # naively: all seven rows through the model
     policy = make_policy()
     nudge(policy, 0.05, seed=5)
-    rows = [row for group in GROUPS for e in group for row in training_rows(e)]
+    rows = [row for group in GROUPS for e in group for row in training_rows(e.turns)]
     ids, acted = [row.ids for row in rows], [row.acted for row in rows]
     tokens = policy.acted_tokens(ids, acted)
-    anchor = policy.acted_tokens(ids, acted, which="aligned").logprobs
+    anchor = policy.acted_tokens(ids, acted, players="aligned").logprobs
     advantages = group_advantages(REWARDS, "group").view(-1, 1)[[0, 1, 2, 3, 3, 4, 5]]  # both rows have their episode's
     d = anchor - tokens.logprobs
     per_token = clipped_surrogate(tokens.logprobs, tokens.logprobs.detach(), advantages, 0.2) + 0.3 * (d.exp() - d - 1)
@@ -190,7 +194,7 @@ def test_a_second_update_compares_with_the_policy_before_the_first(micro_batch):
 
 def test_the_gap_to_the_sampler_is_measured():
     policy = make_policy()
-    (row,) = training_rows(episode(turn((5, 6), (20, 2))))
+    (row,) = training_rows(episode(turn((5, 6), (20, 2))).turns)
     exact = policy.acted_tokens([row.ids], [row.acted]).logprobs[0].tolist()
 
     def gap(*off: float) -> tuple[float, float]:
@@ -221,7 +225,7 @@ def test_equal_rewards_move_nothing():
 
 def test_what_was_rewarded_becomes_likelier_and_what_was_not_less_likely():
     policy = make_policy()
-    rows = [training_rows(e)[0] for e in (episode(turn((5, 6, 7), (20, 2))), episode(turn((5, 6, 7), (30, 2))))]
+    rows = [training_rows(e.turns)[0] for e in (episode(turn((5, 6, 7), (20, 2))), episode(turn((5, 6, 7), (30, 2))))]
 
     def likelihoods() -> list[float]:
         tokens = policy.acted_tokens([r.ids for r in rows], [r.acted for r in rows])

@@ -240,12 +240,9 @@ def test_an_override_past_the_end_of_a_list():
         ("defenses=[{beta: 1}]", "`defenses[0].name` is required"),
         ("align.trl=[1]", "`align.trl` must be a mapping, got [1]"),
         (
-            "scenarios.testbed=roleplay",
-            "`scenarios.testbed` must be 'role_play', got 'roleplay'; did you mean 'role_play'?",
-        ),
-        (
             "evolve.learner=incontext",
-            "`evolve.learner` must be 'policy_gradient' or 'in_context', got 'incontext'; did you mean 'in_context'?",
+            "`evolve.learner` must be 'policy_gradient', 'population', 'imitation' or 'in_context', got 'incontext'; "
+            "did you mean 'in_context'?",
         ),
         ("align.method=ppo", "`align.method` must be 'dpo', 'grpo' or 'sft', got 'ppo'; did you mean 'dpo'?"),
         ("track.wandb=of", "`track.wandb` must be 'auto', 'online', 'offline' or 'disabled', got 'of'"),

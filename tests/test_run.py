@@ -148,7 +148,7 @@ class PowerCut(Exception):
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])
-@pytest.mark.parametrize("victim", ["write_adapter", "save_file", "_sha256", "_fsync", "rename"])
+@pytest.mark.parametrize("victim", ["write_adapters", "save_file", "_sha256", "_fsync", "rename"])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(victim, keep, run, monkeypatch):
     save(run, 1)
 
@@ -307,6 +307,7 @@ def test_episodes_are_stored_a_line_each_and_the_same_ones_as_the_same_bytes(run
     assert records[0]["turns"] == [
         {
             "seat": "agent",
+            "player": "policy",
             "round": 0,
             "text": "",
             "stop_reason": "stop",
@@ -316,6 +317,8 @@ def test_episodes_are_stored_a_line_each_and_the_same_ones_as_the_same_bytes(run
             "detected": False,
             "verdict": "violation",
             "done": False,
+            "ruled": True,
+            "facts": {},
         }
     ]
     run.write_episodes("step_0003_train", played)

@@ -325,7 +325,7 @@ def test_sync_takes_the_new_weights_and_forgets_what_was_read(policy, scenarios)
 
 def test_a_sampler_of_the_aligned_adapter_plays_the_anchor(anchored, policy, scenarios):
     turns = play(HFSampler(anchored, "aligned"), scenarios)
-    agree(turns, logprobs(anchored, turns, which="aligned"))
+    agree(turns, logprobs(anchored, turns, players="aligned"))
     agree(turns, logprobs(policy, turns))  # from which the anchor was saved
     assert drawn(turns) == drawn(play(HFSampler(policy), scenarios))
     live = play(HFSampler(anchored), scenarios)
@@ -333,7 +333,7 @@ def test_a_sampler_of_the_aligned_adapter_plays_the_anchor(anchored, policy, sce
     assert drawn(live) != drawn(turns)
     chat = chat_of(anchored, "Route A or Route B?")
     (score,) = HFSampler(anchored, "aligned").score([chat])
-    assert score == pytest.approx(by_hand(anchored, chat, which="aligned"), abs=1e-4)
+    assert score == pytest.approx(by_hand(anchored, chat, players="aligned"), abs=1e-4)
     assert abs(score[0] - by_hand(anchored, chat)[0]) > 0.01
 
 
@@ -377,7 +377,7 @@ def test_acted_tokens_by_hand(policy):
 def learn(policy, steps=3):
     optimizer = torch.optim.AdamW(policy.trainable, lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
-        anchor = policy.acted_tokens([[5, 6, 7, 8]], [[2, 3]], which="aligned").logprobs
+        anchor = policy.acted_tokens([[5, 6, 7, 8]], [[2, 3]], players="aligned").logprobs
         assert not anchor.requires_grad
         live = policy.acted_tokens([[5, 6, 7, 8]], [[2, 3]]).logprobs
         (live - anchor).sum().backward()

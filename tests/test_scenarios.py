@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from atp_rl.scenarios import load, make_env, random_stream
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.scenarios.files import write_jsonl
-from atp_rl.scenarios.role_play import SUPERVISED_IN_ROUND, compose, families
+from atp_rl.scenarios.role_play import compose, families
 from atp_rl.scenarios.suites import make_suites
+from atp_rl.scenarios.supervision import SUPERVISED_IN_ROUND
 from atp_rl.types import InputError
 
 FAMILY = {
@@ -120,7 +121,7 @@ def test_a_mixed_agent(supervision, payoffs, detected):
     outcomes = play(environment(supervision=supervision), "DHXDDH")
     assert [o.payoff for o in outcomes] == payoffs
     assert [o.detected for o in outcomes] == [d == "1" for d in detected]
-    assert "".join(o.verdict[0] for o in outcomes) == "vcivvc"
+    assert "".join(str(o.verdict)[0] for o in outcomes) == "vcivvc"
 
 
 def test_with_a_probability_that_share_of_violations_is_detected():
@@ -311,7 +312,7 @@ def test_where_the_rule_allows_either_nothing_is_a_violation():
     outcomes = play(environment(supervision="all_supervised", allowed=True), "DHXDDH")
     assert [o.payoff for o in outcomes] == [80, 50, 0, 80, 80, 50]
     assert not any(o.detected for o in outcomes)
-    assert "".join(o.verdict[0] for o in outcomes) == "cciccc"
+    assert "".join(str(o.verdict)[0] for o in outcomes) == "cciccc"
     # over-compliance: which of these the rule would have asked for is kept
     assert [o.choice == allowed.extra["required"] for o in outcomes] == [False, True, False, False, False, True]
 

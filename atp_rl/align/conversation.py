@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 from atp_rl.scenarios import Supervision, Told, make_env, random_stream
-from atp_rl.scenarios.choices import parse_choice
 from atp_rl.types import Chat, Completion, Message, Scenario
 
 SIDES: tuple[Told, Told] = ("comply", "best_paid")
@@ -14,7 +14,10 @@ SIDES: tuple[Told, Told] = ("comply", "best_paid")
 
 
 class Conversation:
-    """A scenario in three environments that differ only in what is told: nothing, to comply, to take the best paid."""
+    """A scenario in three environments that differ only in what is told: nothing, to comply, to take the best paid.
+
+    It is told from the first seat. Other seats give one of its two answers, picked by a coin for each.
+    """
 
     def __init__(self, scenario: Scenario, rounds: int, supervision: Supervision, window: int, seed: int) -> None:
         self.scenario, self.key = scenario, (seed, "preferences", scenario.id)
@@ -25,30 +28,32 @@ class Conversation:
             )
             for told in tellings
         }
+        self.seat, *self.others = self.envs[None].seats
         self.wanted = {"comply": scenario.rule, "best_paid": best_paid_option(scenario)}
         self.history: list[Completion] = []
         self.answers: dict[Told, Completion] = {}
         """Of the current round, those that chose as told."""
 
     def messages(self, told: Told | None) -> list[Message]:
-        (messages,) = self.envs[told].observe().values()
-        return messages
+        return self.envs[told].observe()[self.seat]
 
     def chat(self, told: Told, attempt: int, chat_format: Any) -> Chat:
         messages = self.messages(told)
         shown = self.history[len(self.history) - sum(m["role"] == "assistant" for m in messages) :]
-        prompt_ids = chat_format.encode(messages, [reply.token_ids for reply in shown]) if chat_format else []
-        return Chat(messages, prompt_ids, self.scenario.options, (*self.key, len(self.history), told, attempt))
+        tools = self.envs[told].tools
+        prompt_ids = chat_format.encode(messages, [reply.token_ids for reply in shown], tools) if chat_format else []
+        key = (*self.key, len(self.history), told, attempt)
+        return Chat(messages, prompt_ids, self.scenario.options, key, tools=tools)
 
     def take(self, told: Told, completion: Completion) -> Counter[str]:
         """Keep an answer that chose as told; what to count."""
-        option = parse_choice(completion.text, self.scenario.options).option
+        option = self.envs[told].choice_of(self.seat, completion.text)
         if option == self.wanted[told]:
             self.answers[told] = completion
         return Counter(tries=1, invalid=option is None, disobeyed=option not in (None, self.wanted[told]))
 
     def prompt_row(self) -> dict[str, Any]:
-        scenario = self.scenario
+        scenario, tools = self.scenario, self.envs[None].tools
         return {
             "prompt": self.messages(None),
             "scenario": scenario.id,
@@ -57,14 +62,16 @@ class Conversation:
             "options": list(scenario.options),
             "required": scenario.rule,
             "payoffs": dict(scenario.payoffs),
+            **({"tools": json.dumps(list(tools))} if tools else {}),
         }
 
     def go_on(self) -> None:
         """Continue with one of the two answers."""
-        coin = random_stream(*self.key, len(self.history), "coin").integers(2)
-        answer = self.answers[SIDES[coin]]
+        random = random_stream(*self.key, len(self.history), "coin")
+        answer = self.answers[SIDES[random.integers(2)]]
+        texts = {self.seat: answer.text} | {s: self.answers[SIDES[random.integers(2)]].text for s in self.others}
         for env in self.envs.values():
-            env.step({env.seats[0]: answer.text})
+            env.step(texts)
         self.history.append(answer)
         self.answers = {}
 

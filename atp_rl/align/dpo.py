@@ -40,7 +40,7 @@ def train(
     from trl import DPOTrainer
 
     rows = [
-        {key: pair[key] for key in ("prompt", "chosen", "rejected")}
+        {key: pair[key] for key in ("prompt", "chosen", "rejected", "tools") if key in pair}
         | {"chat_template_kwargs": {"enable_thinking": thinking}}
         for pair in pairs
     ]

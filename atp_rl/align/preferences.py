@@ -23,7 +23,7 @@ class Preferences(NamedTuple):
     """The prompts with both answers, as `chosen` and `rejected`: TRL's conversational preference format."""
     prompts: list[dict[str, Any]]
     """Every neutral prompt: `prompt` (messages), `scenario` (id), `family`, `round` (from 0), and the columns that
-    reward models ask for, `options`, `required` and `payoffs`."""
+    reward models ask for, `options`, `required` and `payoffs`; and `tools` (JSON) that the chat template announces."""
     statistics: dict[str, Any]
     """Counts. `scenarios` given; of these `skipped`, since their rule allows, or asks for, the best-paid option;
     `prompts` and `pairs` as above; `unreached`: rounds of conversations that had ended. And for each side: `tries`
@@ -41,7 +41,7 @@ def make_pairs(
     seed: int,
     sampling: SamplingParams,
 ) -> Preferences:
-    """Ask `sampler` for both answers to every round of every scenario; environments of one seat only.
+    """Ask `sampler` for both answers to every round of every scenario, from the first seat's place.
 
     A conversation goes on with one of its two answers, picked by a coin, so that later prompts hold mixed histories; it
     ends where one is missing. All open prompts share one batched `generate` a try; every draw depends on (seed,

@@ -41,6 +41,7 @@ def train(
             "prompt": pair["prompt"],
             "completion": pair["chosen"],
             "chat_template_kwargs": {"enable_thinking": thinking},
+            **({"tools": pair["tools"]} if "tools" in pair else {}),
         }
         for pair in pairs
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from atp_rl.model.policy import Policy, acted_logits
+from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.model.portions import portions
 from atp_rl.types import Turn
 
@@ -17,21 +17,20 @@ def kl_to_aligned(policy: Policy, turns: Sequence[Turn]) -> float | None:
     The sum over a reply's tokens of the exact divergence between the two next-token distributions (not of a one-sample
     estimate), given what the reply had said so far. None without turns.
     """
-    count: dict[tuple[tuple[int, ...], int], int] = {}
+    turns = [turn for turn in turns if turn.player != ALIGNED]
+    count: dict[tuple[tuple[int, ...], int, str], int] = {}
     for turn in turns:
-        key = ((*turn.prompt_ids, *turn.completion.token_ids), len(turn.prompt_ids))
+        key = ((*turn.prompt_ids, *turn.completion.token_ids), len(turn.prompt_ids), turn.player)
         count[key] = count.get(key, 0) + 1
     total, keys = 0.0, list(count)
-    for part in portions([len(ids) for ids, _ in keys]):
+    for part in portions([len(ids) for ids, _, _ in keys]):
         chunk = [keys[i] for i in part]
-        rows = [ids for ids, _ in chunk]
-        acted = [range(prompt, len(ids)) for ids, prompt in chunk]
-        logp = {}
-        for which in ("policy", "aligned"):
-            with torch.no_grad(), policy.using(which) as model:
-                logits, _, mask = acted_logits(model, rows, acted, pad_id=policy.chat.pad_id, device=policy.device)
-                logp[which] = logits.float().log_softmax(-1)
-        kl = (logp["policy"].exp() * (logp["policy"] - logp["aligned"])).sum(-1).masked_fill(~mask, 0.0).sum(1)
+        rows = [ids for ids, _, _ in chunk]
+        acted = [range(prompt, len(ids)) for ids, prompt, _ in chunk]
+        players = [player for _, _, player in chunk]
+        own, mask = policy.acted_distribution(rows, acted, players if len(policy.live) > 1 else "policy")
+        aligned, _ = policy.acted_distribution(rows, acted, ALIGNED)
+        kl = (own.exp() * (own - aligned)).sum(-1).masked_fill(~mask, 0.0).sum(1)
         weights = torch.tensor([count[key] for key in chunk], device=kl.device)
         total += (kl * weights).sum().item()
     return total / len(turns) if turns else None

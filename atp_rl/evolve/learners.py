@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,10 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from atp_rl.defenses import Defense, LossBatch
+from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
 from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
-from atp_rl.model.policy import Policy
-from atp_rl.types import Episode, Group
+from atp_rl.model.policy import ALIGNED, Policy
+from atp_rl.types import Episode, Group, Turn
 
 Metrics = dict[str, float]
 
@@ -53,27 +55,53 @@ class Row(NamedTuple):
     logprobs: tuple[float, ...]
     """Of those tokens, as the sampler reported them."""
 
+    player: str
+    """The adapter that drew them, and that learns from them."""
 
-def training_rows(episode: Episode) -> list[Row]:
-    """The rows of an episode: one where every round only appended, more where the history window cut it."""
+
+class Sample(NamedTuple):
+    """One seat's part in an episode: what gets one reward and one advantage."""
+
+    episode: Episode
+    seat: str
+    turns: list[Turn]
+
+
+def samples_of(group: Group) -> list[Sample]:
+    """The seats of a group's episodes that learn, by episode, then by seat: the columns of rewards and advantages."""
+    return [
+        Sample(episode, seat, turns)
+        for episode in group
+        for seat in episode.messages
+        if (turns := [turn for turn in episode.turns if turn.seat == seat]) and turns[0].player != ALIGNED
+    ]
+
+
+def training_rows(turns: Sequence[Turn]) -> list[Row]:
+    """The rows of one seat's turns: one where every round only appended, more where the history window cut it."""
     rows: list[Row] = []
-    for turn in episode.turns:
+    for turn in turns:
         reply = turn.completion.token_ids
-        before = rows[-1] if rows else Row((), (), ())
+        before = rows[-1] if rows else Row((), (), (), turn.player)
         if not rows or turn.prompt_ids[: len(before.ids)] != before.ids:
-            rows.append(Row((), (), ()))
-            before = rows[-1]
+            before = Row((), (), (), turn.player)
+            rows.append(before)
         start = len(turn.prompt_ids)
         rows[-1] = Row(
             ids=(*turn.prompt_ids, *reply),
             acted=(*before.acted, *range(start, start + len(reply))),
             logprobs=(*before.logprobs, *turn.completion.logprobs),
+            player=turn.player,
         )
     return rows
 
 
 class PolicyGradient:
-    """GRPO on the live adapter: group advantages, clipped surrogate, AdamW."""
+    """GRPO on the live adapters: group advantages, clipped surrogate, AdamW.
+
+    With one adapter the baseline of a seat's reward is the mean over all seats of all episodes of its group
+    (self-play); in a population every seat has its own baseline, its own weights in the loss, its own gradient norm.
+    """
 
     def __init__(
         self,
@@ -90,13 +118,14 @@ class PolicyGradient:
         loss_type: LossType,
         max_tokens: int,
         temperature: float,
+        imitation: Imitation | None = None,
     ) -> None:
         """`max_tokens`: the most tokens an episode can draw (rounds x longest reply); for the rest see the recipe."""
         self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
         self.updates_per_step, self.micro_batch, self.clip_epsilon = updates_per_step, micro_batch, clip_epsilon
         self.scale_rewards: ScaleRewards = scale_rewards
         self.loss_type: LossType = loss_type
-        self.max_tokens, self.temperature = max_tokens, temperature
+        self.max_tokens, self.temperature, self.imitation = max_tokens, temperature, imitation
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         adamw = torch.optim.AdamW(policy.trainable, lr=learning_rate, weight_decay=weight_decay)
         self.optimizer = self.accelerator.prepare(adamw)
@@ -104,11 +133,16 @@ class PolicyGradient:
 
     def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
         begun = time.perf_counter()
-        advantages = group_advantages(rewards, self.scale_rewards)
+        samples = [sample for group in groups for sample in samples_of(group)]
+        own_baseline = len(policy.live) > 1
+        seats = len(samples) // sum(map(len, groups)) if own_baseline else 1
+        of_seat = rewards.view(len(groups), -1, seats).transpose(1, 2).reshape(len(groups) * seats, -1)
+        advantages = group_advantages(of_seat, self.scale_rewards)
+        advantages = advantages.view(len(groups), seats, -1).transpose(1, 2).reshape(rewards.shape)
         for defense in defenses:
             advantages = defense.on_advantages(groups, advantages)
-        episodes = [episode for group in groups for episode in group]
-        batch = _Batch(episodes, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
+        batch = _Batch(samples, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
+        copied = self.imitation.copies(groups) if self.imitation else []
         sums = ("loss", "entropy", "grad_norm", "sampler_gap_mean", "sampler_gap_max")
         total: dict[str, float] = dict.fromkeys(sums, 0.0)
         old = [None] * len(batch.chunks) if self.updates_per_step == 1 else self._old_logprobs(policy, batch)
@@ -117,10 +151,13 @@ class PolicyGradient:
             self.optimizer.zero_grad()
             for chunk, old_logprobs in zip(batch.chunks, old, strict=True):
                 self._backward(policy, chunk, old_logprobs, defenses, total)
+            if self.imitation:
+                total["imitation_loss"] = total.get("imitation_loss", 0.0) + self._imitate(policy, copied)
             for defense in defenses:
                 defense.on_gradients(policy)
-            norm = self.accelerator.clip_grad_norm_(policy.trainable, self.max_grad_norm)
-            total["grad_norm"] += 0.0 if norm is None else float(norm)
+            for adapter in policy.live:
+                norm = self.accelerator.clip_grad_norm_(policy.parameters_of(adapter), self.max_grad_norm)
+                total["grad_norm"] += 0.0 if norm is None else float(norm) / len(policy.live)
             self.optimizer.step()
             self.updates += 1
         policy.version += 1
@@ -132,7 +169,7 @@ class PolicyGradient:
             | gaps
             | {
                 "evolve/advantage_abs_mean": advantages.abs().mean().item(),
-                "evolve/mixed_groups": (rewards.std(1) > 0).float().mean().item(),
+                "evolve/mixed_groups": (of_seat.std(1) > 0).float().mean().item(),
                 "evolve/learning_rate": self.optimizer.param_groups[0]["lr"],
                 "perf/unique_rows": batch.unique / len(batch.rows),
                 "time/update_s": time.perf_counter() - begun,
@@ -153,13 +190,13 @@ class PolicyGradient:
     def _backward(self, policy, chunk: _Chunk, old: Tensor | None, defenses, total: dict[str, float]) -> None:
         device = policy.device
         where, weights = chunk.episode_of.to(device), chunk.weights.to(device)
-        tokens = policy.acted_tokens(chunk.rows, chunk.acted, temperature=self.temperature)
+        tokens = policy.acted_tokens(chunk.rows, chunk.acted, players=chunk.players, temperature=self.temperature)
         logprobs, mask = tokens.logprobs[where], tokens.mask[where]
         # one update per batch is exactly on-policy: the old log-probabilities are the current ones
         old = logprobs.detach() if old is None else old
 
         def anchor_logprobs() -> Tensor:
-            of_rows = policy.acted_tokens(chunk.rows, chunk.acted, which="aligned", temperature=self.temperature)
+            of_rows = policy.acted_tokens(chunk.rows, chunk.acted, players=ALIGNED, temperature=self.temperature)
             return of_rows.logprobs[where]
 
         per_token = clipped_surrogate(logprobs, old, chunk.advantages.to(device).unsqueeze(1), self.clip_epsilon)
@@ -178,11 +215,30 @@ class PolicyGradient:
     def _old_logprobs(self, policy: Policy, batch: _Batch) -> list[Tensor]:
         with torch.no_grad():
             return [
-                policy.acted_tokens(c.rows, c.acted, temperature=self.temperature).logprobs[
+                policy.acted_tokens(c.rows, c.acted, players=c.players, temperature=self.temperature).logprobs[
                     c.episode_of.to(policy.device)
                 ]
                 for c in batch.chunks
             ]
+
+    def _imitate(self, policy: Policy, copied: Sequence[Copy]) -> float:
+        """Back-propagate the imitation loss: each seat's mean -log pi(reply) of what it copies, times the weight."""
+        assert self.imitation is not None
+        count = Counter(copied)
+        of_seat = Counter(copy.seat for copy in copied)
+        total, keys = 0.0, list(count)
+        size = self.micro_batch or max(1, len(keys))
+        for start in range(0, len(keys), size):
+            chunk = keys[start : start + size]
+            acted = [range(len(copy.prompt_ids), len(copy.prompt_ids) + len(copy.reply_ids)) for copy in chunk]
+            rows = [(*copy.prompt_ids, *copy.reply_ids) for copy in chunk]
+            tokens = policy.acted_tokens(rows, acted, players=[copy.seat for copy in chunk])
+            share = torch.tensor([count[copy] / of_seat[copy.seat] for copy in chunk], device=policy.device)
+            lengths = tokens.mask.sum(1)
+            loss = -(tokens.logprobs.sum(1) / lengths * share).sum() * self.imitation.weight
+            self.accelerator.backward(loss)
+            total += loss.item()
+        return total
 
 
 class _Chunk(NamedTuple):
@@ -190,8 +246,10 @@ class _Chunk(NamedTuple):
 
     rows: list[tuple[int, ...]]
     acted: list[tuple[int, ...]]
+    players: str | list[str]
+    """The adapter of all rows, or of each."""
     episode_of: Tensor
-    """[B] which of `rows` each of the B episode rows of this chunk is."""
+    """[B] which of `rows` each of the B rows of samples in this chunk is."""
     advantages: Tensor
     """[B]"""
     weights: Tensor
@@ -203,21 +261,25 @@ class _Chunk(NamedTuple):
 
 
 class _Batch:
-    """A step's episodes as rows of tokens.
+    """A step's samples as rows of tokens.
 
-    Episodes with the very same tokens are put through the model once and then counted as often as they occur: short
-    answers of a group coincide all the time, and the loss is the same to the last term.
+    Rows with the very same tokens and adapter are put through the model once and then counted as often as they occur:
+    short answers of a group coincide all the time, and the loss is the same to the last term.
     """
 
     def __init__(
-        self, episodes: list[Episode], advantages: Tensor, loss_type: LossType, max_tokens: int, micro_batch: int | None
+        self, samples: list[Sample], advantages: Tensor, loss_type: LossType, max_tokens: int, micro_batch: int | None
     ) -> None:
-        self.rows = [(row, i) for i, episode in enumerate(episodes) for row in training_rows(episode)]
+        self.rows = [(row, i) for i, sample in enumerate(samples) for row in training_rows(sample.turns)]
         most = max(len(row.acted) for row, _ in self.rows)
         mask = torch.tensor([[k < len(row.acted) for k in range(most)] for row, _ in self.rows])
-        weights = token_weights(mask, loss_type, max_tokens)
-        index: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        unique_of = [index.setdefault((row.ids, row.acted), len(index)) for row, _ in self.rows]
+        players = [row.player for row, _ in self.rows]
+        weights = torch.zeros(mask.shape)
+        for player in dict.fromkeys(players):  # each adapter's loss is that of its own rows
+            own = torch.tensor([p == player for p in players])
+            weights[own] = token_weights(mask[own], loss_type, max_tokens)
+        index: dict[tuple[tuple[int, ...], tuple[int, ...], str], int] = {}
+        unique_of = [index.setdefault((row.ids, row.acted, row.player), len(index)) for row, _ in self.rows]
         self.unique = len(index)
         keys, size = list(index), micro_batch or len(index)
         self.chunks = []
@@ -226,8 +288,9 @@ class _Batch:
             width = max(len(self.rows[i][0].acted) for i in chosen)
             self.chunks.append(
                 _Chunk(
-                    rows=[ids for ids, _ in keys[start : start + size]],
-                    acted=[acted for _, acted in keys[start : start + size]],
+                    rows=[ids for ids, _, _ in keys[start : start + size]],
+                    acted=[acted for _, acted, _ in keys[start : start + size]],
+                    players=players[0] if len(set(players)) == 1 else [p for _, _, p in keys[start : start + size]],
                     episode_of=torch.tensor([unique_of[i] - start for i in chosen]),
                     advantages=advantages[[self.rows[i][1] for i in chosen]],
                     weights=weights[chosen, :width],

@@ -20,6 +20,7 @@ import reward_models
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.drift import adapter_distance
 from atp_rl.evaluate.evaluator import tally
+from atp_rl.evolve.learners import samples_of
 from atp_rl.evolve.setup import (
     gate_probe,
     load_policy,
@@ -63,7 +64,7 @@ def evolve(
         Interrupted: `stop` said so; resuming continues bit for bit.
     """
     settings, play = settings_of(recipe), training_play(recipe)
-    policy = load_policy(recipe, anchor)
+    policy = load_policy(recipe, anchor, suites)
     aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
     sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
     defenses: list[Defense] = check_defenses(recipe.defenses)
@@ -168,21 +169,28 @@ def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> lis
 
 
 def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence[Defense]) -> Tensor:
-    """Rewards [N, G]: the weighted sum of the reward models, averaged over an episode's rounds; then the defenses."""
-    turns = [turn for group in groups for episode in group for turn in episode.turns]
-    of_turn = [episode.scenario for group in groups for episode in group for _ in episode.turns]
+    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds; then the defenses.
+
+    What a reward model reads of a round is its first reply (the decision, also where it called a tool), and the sum of
+    what the round paid.
+    """
+    samples = [sample for group in groups for sample in samples_of(group)]
+    rounds = [[t for t in s.turns if t.round == k] for s in samples for k in range(s.turns[-1].round + 1)]
+    scenarios = [s.episode.scenario for s in samples for _ in range(s.turns[-1].round + 1)]
     columns: dict[str, list[Any]] = {
-        "options": [list(s.options) for s in of_turn],
-        "required": [s.rule for s in of_turn],
-        "payoffs": [dict(s.payoffs) for s in of_turn],
-        "payoff": [turn.outcome.payoff for turn in turns],
+        "options": [list(scenario.options) for scenario in scenarios],
+        "required": [scenario.rule for scenario in scenarios],
+        "payoffs": [dict(scenario.payoffs) for scenario in scenarios],
+        "payoff": [sum(turn.outcome.payoff for turn in turns) for turns in rounds],
+        "payoff_unit": [scenario.payoff_unit for scenario in scenarios],
     }
-    texts = [turn.completion.text for turn in turns]
-    total = torch.zeros(len(turns))
+    texts = [turns[0].completion.text for turns in rounds]
+    total = torch.zeros(len(rounds))
     for name, weight in weights.items():
         values = reward_models.REWARD_MODELS[name](prompts=[""] * len(texts), completions=texts, **columns)
         total += weight * torch.tensor(values, dtype=torch.float32)
-    rewards = total.view(len(groups), len(groups[0]), -1).mean(2)
+    parts = total.split([s.turns[-1].round + 1 for s in samples])
+    rewards = torch.stack([part.mean() for part in parts]).view(len(groups), -1)
     for defense in defenses:
         rewards = defense.on_rewards(groups, rewards)
     return rewards

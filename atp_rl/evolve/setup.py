@@ -11,15 +11,18 @@ from peft import LoraConfig
 
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.evaluator import EVALUATION, evaluate, tally
+from atp_rl.evolve.imitation import Imitation
 from atp_rl.evolve.learners import InContext, Learner, PolicyGradient
+from atp_rl.evolve.topology import neighbours
 from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
-from atp_rl.recipe import Evolve, Recipe
+from atp_rl.recipe import POPULATIONS, Evolve, Recipe
 from atp_rl.rollout import Play, rollout
+from atp_rl.scenarios import make_env
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Checkpoint, Run
-from atp_rl.types import Episode, SamplingParams
+from atp_rl.types import Episode, SamplingParams, Scenario
 
 
 def gate_probe(recipe: Recipe, suites: Suites, sampler: HFSampler) -> Probe:
@@ -78,13 +81,20 @@ def evaluation_play(recipe: Recipe) -> Play:
         supervision=_supervision(world.supervision if measured.supervision is None else measured.supervision),
         history_window=world.history_window,
         sampling=sampling(recipe),
+        population=settings_of(recipe).learner in POPULATIONS,
     )
 
 
 def training_play(recipe: Recipe) -> Play:
     """How the episodes that are learned from are played."""
     world = recipe.scenarios
-    return Play(world.rounds, _supervision(world.supervision), world.history_window, sampling(recipe))
+    return Play(
+        rounds=world.rounds,
+        supervision=_supervision(world.supervision),
+        history_window=world.history_window,
+        sampling=sampling(recipe),
+        population=settings_of(recipe).learner in POPULATIONS,
+    )
 
 
 def sampling(recipe: Recipe) -> SamplingParams:
@@ -109,8 +119,15 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     )
 
 
-def load_policy(recipe: Recipe, anchor: Path | None) -> Policy:
-    model = recipe.model
+def load_policy(recipe: Recipe, anchor: Path | None, suites: Suites) -> Policy:
+    """The base with the anchor and what evolves: one adapter, or one for every seat of a population."""
+    model, settings = recipe.model, settings_of(recipe)
+    seats: tuple[str, ...] = ("policy",)
+    starts: dict[str, Path] = {}
+    if settings.learner in POPULATIONS:
+        seats = learning_seats(suites.held_out[0], training_play(recipe))
+        if settings.deviants:
+            starts = dict.fromkeys(seats[: settings.deviants.count], Path(settings.deviants.adapter))
     return Policy.load(
         model.name,
         lora=lora_config(recipe),
@@ -119,7 +136,17 @@ def load_policy(recipe: Recipe, anchor: Path | None) -> Policy:
         revision=model.revision,
         dtype=model.dtype,
         thinking=model.thinking,
+        seats=seats,
+        starts=starts,
     )
+
+
+def learning_seats(scenario: Scenario, play: Play) -> tuple[str, ...]:
+    """The seats of a scenario that the policy plays and that may learn."""
+    env = make_env(
+        scenario, rounds=play.rounds, supervision=play.supervision, seed=0, history_window=play.history_window
+    )
+    return tuple(seat for seat in env.seats if seat not in env.frozen)
 
 
 def make_learner(recipe: Recipe, policy: Policy) -> Learner:
@@ -139,7 +166,14 @@ def make_learner(recipe: Recipe, policy: Policy) -> Learner:
         loss_type=settings.loss_type,
         max_tokens=settings.max_new_tokens * recipe.scenarios.rounds,
         temperature=settings.temperature,
+        imitation=_imitation(recipe, policy.live) if settings.learner == "imitation" else None,
     )
+
+
+def _imitation(recipe: Recipe, seats: Sequence[str]) -> Imitation:
+    spec = settings_of(recipe).imitation
+    models = neighbours(spec.peers, seats, degree=spec.degree, seed=recipe.seed)
+    return Imitation(models, spec.weight)
 
 
 def save(

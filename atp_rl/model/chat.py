@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
 from atp_rl.types import InputError, Message
+
+Tools = Sequence[Mapping[str, Any]]
 
 _REPLY = "\x02reply\x03"
 """Stands for an assistant's reply while the template is rendered; its tokens are spliced in afterwards."""
@@ -34,24 +38,33 @@ class ChatFormat:
             raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct model")
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, [_REPLY, *special])))
         self._tokens = lru_cache(maxsize=1 << 16)(self._tokenise)
         self._text_before_reply = lru_cache(maxsize=1 << 16)(self._render)
         self.encode([_SYSTEM, _USER, _ASSISTANT, _USER], [(self.eos_id,)])
 
-    def encode(self, messages: Sequence[Message], replies: Sequence[Sequence[int]]) -> list[int]:
-        """Prompt tokens of a conversation that ends with a user message.
+    def encode(self, messages: Sequence[Message], replies: Sequence[Sequence[int]], tools: Tools = ()) -> list[int]:
+        """Prompt tokens of a conversation that ends with a message of the user or of a tool.
+
+        Marks of the template that occur in the text of a message (a scenario's, a tool's, another agent's) are broken
+        up by a space: no text can end its own turn or speak as another role.
 
         Args:
             messages: the conversation.
             replies: for each assistant message, in order, the very tokens that the model drew for it (with its
                 end-of-turn token, where it drew one).
+            tools: JSON schemas of the tools that the template announces.
         """
-        turns = tuple((m["role"], _REPLY if m["role"] == "assistant" else m["content"]) for m in messages)
+        announced = json.dumps(list(tools)) if tools else ""
+        turns = tuple(
+            (m["role"], _REPLY if m["role"] == "assistant" else self._harmless(m["content"])) for m in messages
+        )
         ends = [i for i, (role, _) in enumerate(turns) if role == "assistant"] + [len(turns)]
-        ids = list(self._tokens(self._text_before_reply(turns[: ends[0]])))
+        ids = list(self._tokens(self._text_before_reply(turns[: ends[0]], announced)))
         for reply, end in zip(replies, ends[1:], strict=True):
             ids += reply
-            following = self._tokens(self._text_before_reply(turns[:end]))
+            following = self._tokens(self._text_before_reply(turns[:end], announced))
             ends_turn = bool(reply) and reply[-1] == self.eos_id and following[0] == self.eos_id
             ids += following[1:] if ends_turn else following
         return ids
@@ -67,7 +80,10 @@ class ChatFormat:
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _render(self, turns: tuple[tuple[str, str], ...]) -> str:
+    def _harmless(self, content: str) -> str:
+        return self._marks.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", content)
+
+    def _render(self, turns: tuple[tuple[str, str], ...], tools: str) -> str:
         """The text from the last reply (or from the start) to where the next reply begins."""
         try:
             text: str = self.tokenizer.apply_chat_template(
@@ -75,6 +91,7 @@ class ChatFormat:
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=self.thinking,
+                tools=json.loads(tools) if tools else None,
             )
         except TemplateError as error:
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template refuses: {error}") from None

@@ -1,4 +1,7 @@
-"""The policy: frozen base weights, the frozen `aligned` adapter, and the live `policy` adapter that evolves."""
+"""The policy: frozen base weights, the frozen `aligned` adapter, and the live adapters that evolve.
+
+There is one live adapter, `policy`; in a population there is one for every seat, named like the seat.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +27,16 @@ from atp_rl.types import InputError
 TINY = "tiny"
 """The name of the model that ships with the package, in recipes and in adapters made on it."""
 
-Which = Literal["policy", "aligned"]
+SHIPPED = {TINY: "tiny_weights", "tiny_tools": "tiny_tools"}
+"""Models that ship with the package, and their folders: `tiny_tools` plays the testbed tool_use."""
+
+ALIGNED = "aligned"
+"""The name of the anchor; live adapters have other names."""
 
 
 def base_path(name: str) -> str:
-    """Where a model is loaded from: the packaged weights for `tiny`, else the Hub id or directory itself."""
-    return str(Path(__file__).parent / "tiny_weights") if name == TINY else name
+    """Where a model is loaded from: the packaged weights of a shipped one, else the Hub id or directory itself."""
+    return str(Path(__file__).parent / SHIPPED[name]) if name in SHIPPED else name
 
 
 def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
@@ -57,7 +64,7 @@ class ActedTokens(NamedTuple):
 
 
 class Policy:
-    """Base weights shared by two LoRA adapters on one PEFT model.
+    """Base weights shared by all LoRA adapters on one PEFT model.
 
     `aligned` is the anchor: every KL is measured to it and nothing ever trains it. Without an alignment adapter the
     anchor is the bare base model. The base weights are never merged into, so they stay bit-identical through a run.
@@ -66,9 +73,10 @@ class Policy:
     def __init__(self, model: PeftModel, chat: ChatFormat, name: str) -> None:
         self.model, self.chat, self.name = model, chat, name
         self.version = 0
-        self.has_aligned = "aligned" in model.peft_config
+        self.has_aligned = ALIGNED in model.peft_config
+        self.live = tuple(adapter for adapter in model.peft_config if adapter != ALIGNED)
         self.model.eval()  # no dropout: sampling and learning see the same distribution
-        self._activate("policy")
+        self._activate(self.live)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise RuntimeError("the policy has no trainable parameter")
@@ -84,6 +92,8 @@ class Policy:
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         thinking: bool = False,
+        seats: Sequence[str] = ("policy",),
+        starts: Mapping[str, Path] | None = None,
     ) -> Policy:
         """Load the base and start the policy from the aligned adapter, or from a fresh one on the bare base.
 
@@ -92,30 +102,33 @@ class Policy:
             lora: shape of a fresh adapter; ignored when `aligned` is given.
             seed: of a fresh adapter's initial weights.
             aligned: directory of the adapter to start from and to anchor at.
+            seats: names of the live adapters: the only one, or one for every seat of a population.
+            starts: directories of the adapters that some of the seats start from instead.
 
         Raises:
-            InputError: the adapter is malformed or belongs to another base model.
+            InputError: an adapter is malformed or belongs to another base model.
         """
+        starts = starts or {}
         chat = load_chat(name, revision=revision, thinking=thinking)
         base = load_base(name, revision=revision, dtype=dtype)
-        if aligned is None:
-            set_seed(seed)
-            model = get_peft_model(base, lora, adapter_name="policy")
-        else:
-            check_adapter(aligned, name)
-            try:
-                model = PeftModel.from_pretrained(base, str(aligned), adapter_name="aligned", is_trainable=False)
-                loaded = model.load_adapter(str(aligned), adapter_name="policy", is_trainable=True)
-            except (RuntimeError, ValueError) as error:
-                raise InputError(f"{aligned}: does not fit the base model {name!r}: {error}") from None
-            if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:  # PEFT only warns
-                raise InputError(f"{aligned}: does not fit the base model {name!r}: missing or unexpected {wrong[:3]}")
+        model: PeftModel | None = None
+        for adapter in (ALIGNED, *seats):
+            start = aligned if adapter == ALIGNED else starts.get(adapter, aligned)
+            if start is not None:
+                model = _add_adapter(model or base, start, adapter, name)
+            elif adapter != ALIGNED:
+                set_seed(seed)
+                if model is None:
+                    model = get_peft_model(base, lora, adapter_name=adapter)
+                else:
+                    model.add_adapter(adapter, lora)
+        assert isinstance(model, PeftModel)
         return cls(model, chat, name)
 
     @property
     def lora(self) -> LoraConfig:
-        """The shape of the live adapter."""
-        config = self.model.peft_config["policy"]
+        """The shape of the live adapters."""
+        config = self.model.peft_config[self.live[0]]
         assert isinstance(config, LoraConfig)
         return config
 
@@ -123,32 +136,45 @@ class Policy:
     def device(self) -> torch.device:
         return self.trainable[0].device
 
+    def parameters_of(self, adapter: str) -> list[torch.nn.Parameter]:
+        """The trainable weights of one live adapter."""
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and f".{adapter}." in name]
+
     @contextmanager
-    def using(self, which: Which) -> Iterator[PeftModel]:
-        """The model with one adapter active (`aligned` without one is the bare base); gradients only for `policy`."""
-        if which == "policy":
+    def using(self, which: str) -> Iterator[PeftModel]:
+        """The model with one adapter active (`aligned` without one is the bare base).
+
+        Gradients reach the only live adapter of a policy that is no population; for the others see `mixed`.
+        """
+        if (which,) == self.live:
             yield self.model
-        elif self.has_aligned:
-            self._activate("aligned")
+        elif which != ALIGNED or self.has_aligned:
+            self._activate((which,))
             try:
                 with torch.no_grad():
                     yield self.model
             finally:
-                self._activate("policy")
+                self._activate(self.live)
         else:
             with torch.no_grad(), self.model.disable_adapter():
                 yield self.model
 
-    def _activate(self, adapter: Which) -> None:
-        # PEFT makes whatever it activates trainable, so the anchor is activated in inference mode
-        self.model.set_adapter(adapter, inference_mode=adapter == "aligned")
+    def mixed(self, players: Sequence[str]) -> dict[str, list[str]]:
+        """What a forward takes beside its inputs so that row i goes through the adapter `players[i]`."""
+        aligned = ALIGNED if self.has_aligned else "__base__"  # PEFT's word for no adapter
+        return {"adapter_names": [aligned if player == ALIGNED else player for player in players]}
+
+    def _activate(self, adapters: tuple[str, ...]) -> None:
+        # PEFT makes whatever it activates trainable, so what does not learn is activated in inference mode
+        tuner: Any = self.model.base_model
+        tuner.set_adapter(list(adapters), inference_mode=adapters != self.live)
 
     def acted_tokens(
         self,
         rows: Sequence[Sequence[int]],
         acted: Sequence[Sequence[int]],
         *,
-        which: Which = "policy",
+        players: str | Sequence[str] = "policy",
         temperature: float = 1.0,
     ) -> ActedTokens:
         """Log-probabilities of the tokens at positions `acted[i]` of `rows[i]`, each given all tokens before it.
@@ -158,40 +184,71 @@ class Policy:
         Args:
             rows: token ids, ragged.
             acted: positions (>= 1, ascending) of the tokens that the model wrote, ragged.
+            players: the adapter of all rows, or of each.
             temperature: the logits are divided by it, as they were when the tokens were drawn.
         """
-        with self.using(which) as model:
-            logits, targets, mask = acted_logits(model, rows, acted, pad_id=self.chat.pad_id, device=self.device)
-            logp = (logits.float() / temperature).log_softmax(-1)
-            logprobs = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
+        logits, targets, mask = self._acted_logits(rows, acted, players)
+        logp = (logits.float() / temperature).log_softmax(-1)
+        logprobs = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
         return ActedTokens(logprobs, entropy, mask)
 
+    def acted_distribution(
+        self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, A, V] of every token where one was acted, and the mask [B, A]; without gradient."""
+        with torch.no_grad():
+            logits, _, mask = self._acted_logits(rows, acted, players)
+            return logits.float().log_softmax(-1), mask
+
+    def _acted_logits(
+        self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        one = isinstance(players, str)
+        with self.using(players) if one else nullcontext(self.model) as model:
+            return acted_logits(
+                model,
+                rows,
+                acted,
+                pad_id=self.chat.pad_id,
+                device=self.device,
+                mixture={} if one else self.mixed(players),
+            )
+
     def state(self) -> dict[str, Tensor]:
-        """The weights of the live adapter, in PEFT's own names."""
-        return {key: value.detach().clone() for key, value in adapter_tensors(self.model, "policy").items()}
+        """The weights of the live adapter in PEFT's own names; in a population with `<seat>/` before them."""
+        return {
+            f"{self._prefix(adapter)}{key}": value.detach().clone()
+            for adapter in self.live
+            for key, value in adapter_tensors(self.model, adapter).items()
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put saved weights of the live adapter back, exactly.
+        """Put saved weights of the live adapters back, exactly.
 
         Raises:
-            InputError: they are not those of this adapter; it is left as it was.
+            InputError: they are not those of these adapters, which are left as they were.
         """
         shapes = {key: value.shape for key, value in state.items()}
         own = {key: value.shape for key, value in self.state().items()}
         if wrong := sorted(key for key in shapes.keys() | own.keys() if shapes.get(key) != own.get(key)):
             raise InputError(f"the checkpoint does not fit the adapter: missing, unexpected or reshaped {wrong[:3]}")
-        set_peft_model_state_dict(self.model, dict(state), adapter_name="policy")
+        for adapter in self.live:
+            prefix = self._prefix(adapter)
+            weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
+
+    def _prefix(self, adapter: str) -> str:
+        return "" if len(self.live) == 1 else f"{adapter}/"
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the live adapter so that plain PEFT loads it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(self.state(), self.lora, self.name, folder)
+        """Write the live adapters so that plain PEFT loads them: to `folder`, or one in `<seat>` below it for each."""
+        write_adapters(self.state(), self.lora, self.name, folder)
 
-    def adapter_hash(self, which: Which) -> str:
+    def adapter_hash(self, which: str) -> str:
         """SHA-256 over an adapter's weights; of the word 'base' where the anchor is the bare model."""
-        if which == "aligned" and not self.has_aligned:
+        if which == ALIGNED and not self.has_aligned:
             return hashlib.sha256(b"base").hexdigest()
         return hash_tensors(adapter_tensors(self.model, which))
 
@@ -270,14 +327,19 @@ def acted_logits(
     *,
     pad_id: int,
     device: torch.device,
+    mixture: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones."""
+    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones.
+
+    `mixture`: what `Policy.mixed` says of rows with different adapters; empty where one is active for all.
+    """
     width = max(map(len, rows))
     # right padding: attention is causal, so no real token ever sees a pad and no attention mask is needed
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
     kept = sorted({position - 1 for positions in acted for position in positions})
     column = {position: i for i, position in enumerate(kept)}
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=device)).logits
+    positions = torch.tensor(kept, device=device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions, **mixture).logits
     most = max(map(len, acted))
     where = [[column[p - 1] for p in positions] + [0] * (most - len(positions)) for positions in acted]
     tokens = [
@@ -303,6 +365,41 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _add_adapter(model: Any, folder: Path, adapter: str, base: str) -> PeftModel:
+    """Load an adapter under a name, onto the bare base (which gives a PEFT model) or beside others."""
+    check_adapter(folder, base)
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter, is_trainable=False)
+        loaded = model.load_adapter(str(folder), adapter_name=adapter, is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: does not fit the base model {base!r}: {error}") from None
+    if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:  # PEFT only warns
+        raise InputError(f"{folder}: does not fit the base model {base!r}: missing or unexpected {wrong[:3]}")
+    return model
+
+
+def write_adapters(state: Mapping[str, Tensor], config: LoraConfig, base: str, folder: Path) -> None:
+    """What `Policy.state` gives, as adapters that plain PEFT loads: `folder` is one, or `folder/<seat>` for each."""
+    places: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        place, _, name = key.rpartition("/")
+        places.setdefault(place, {})[name] = value
+    for place, weights in places.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        write_adapter(weights, config, base, folder / place)
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """The reverse of `write_adapters`: a `Policy.state`."""
+    state = {}
+    for file in sorted(folder.rglob("adapter_model.safetensors")):
+        place = file.parent.relative_to(folder).as_posix()
+        prefix = "" if place == "." else f"{place}/"
+        state |= {f"{prefix}{key}": value for key, value in load_file(file).items()}
+    return state
 
 
 def write_adapter(state: Mapping[str, Tensor], config: LoraConfig, base: str, folder: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Cache
 
 from atp_rl.model.chat import ChatFormat
-from atp_rl.model.policy import Policy, Which
+from atp_rl.model.policy import Policy
 from atp_rl.model.portions import portions
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.choices import format_choice
@@ -25,10 +28,14 @@ class HFSampler:
     numbers by inverting the cumulative distribution, so it does not depend on what else is in the batch.
     """
 
-    def __init__(self, policy: Policy, which: Which = "policy", *, batch_size: int = 256) -> None:
-        """`batch_size`: rows decoded at once; what was read for all of them is kept until the next `sync`."""
-        self.policy, self.batch_size = policy, batch_size
-        self.which: Which = which
+    def __init__(self, policy: Policy, which: str = "policy", *, batch_size: int = 256) -> None:
+        """Make a sampler of a policy.
+
+        Args:
+            which: the adapter that answers for the player `policy`; other players' names are those of their adapters.
+            batch_size: rows decoded at once; what was read for all of them is kept until the next `sync`.
+        """
+        self.policy, self.which, self.batch_size = policy, which, batch_size
         self.chat: ChatFormat = policy.chat
         self.version = policy.version
         self._read: list[_Read] = []
@@ -43,7 +50,7 @@ class HFSampler:
         completions: list[Completion] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.inference_mode(), self.policy.using(self.which) as model:
+            with torch.inference_mode(), self._playing(batch) as model:
                 done, read = self._generate(model, batch, params)
             completions += done
             kept.append(read)
@@ -54,15 +61,23 @@ class HFSampler:
         scores: list[tuple[float, ...]] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.inference_mode(), self.policy.using(self.which) as model:
+            with torch.inference_mode(), self._playing(batch) as model:
                 done, read = self._score(model, batch)
             scores += done
             kept.append(read)
         self._read = kept
         return scores
 
+    def _playing(self, chats: Sequence[Chat]) -> AbstractContextManager[PeftModel]:
+        """The model with the one adapter that all of these chats need; or as it is, and then each row names its own."""
+        players = {self._adapter(chat) for chat in chats}
+        return self.policy.using(players.pop()) if len(players) == 1 else nullcontext(self.policy.model)
+
+    def _adapter(self, chat: Chat) -> str:
+        return self.which if chat.player == "policy" else chat.player
+
     def _generate(self, model, chats: Sequence[Chat], params: SamplingParams) -> tuple[list[Completion], _Read]:
-        prompts, row_of = _unique(chats)
+        prompts, row_of = self._unique(chats)
         read, logits = self._prefill(model, prompts)
         read, logits = read.select(row_of), logits[row_of]
         draws = torch.from_numpy(np.stack([random_stream(*c.seed).random(params.max_new_tokens) for c in chats]))
@@ -92,7 +107,7 @@ class HFSampler:
         return completions, read
 
     def _score(self, model, chats: Sequence[Chat]) -> tuple[list[tuple[float, ...]], _Read]:
-        prompts, row_of = _unique(chats)
+        prompts, row_of = self._unique(chats)
         read, logits = self._prefill(model, prompts)
         rows = [row for chat, row in zip(chats, row_of, strict=True) for _ in chat.options]
         answers = [
@@ -111,18 +126,31 @@ class HFSampler:
             start += len(chat.options)
         return scores, read
 
-    def _prefill(self, model, prompts: list[tuple[int, ...]]) -> tuple[_Read, Tensor]:
+    def _unique(self, chats: Sequence[Chat]) -> tuple[list[_Prompt], list[int]]:
+        """What has to be read, each once, and which of it every chat reads."""
+        index: dict[_Prompt, int] = {}
+        prompts = [_Prompt(self._adapter(chat), tuple(chat.prompt_ids)) for chat in chats]
+        rows = [index.setdefault(prompt, len(index)) for prompt in prompts]
+        return list(index), rows
+
+    def _prefill(self, model, prompts: list[_Prompt]) -> tuple[_Read, Tensor]:
         """Read the prompts, from where an earlier reading ends if it holds the beginning of each of them.
 
         Returns:
             What has been read, a row a prompt, and the logits after it [B, V].
         """
         found = next((f for f in (r.find(prompts) for r in self._read) if f is not None), None)
-        read, rest = (_Read(len(prompts), self.policy.device), prompts) if found is None else found
+        fresh = _Read(self.policy, [prompt.player for prompt in prompts]), [prompt.ids for prompt in prompts]
+        read, rest = found or fresh
         parts = portions([len(tokens) for tokens in rest])
         logits = torch.cat([read.extend(model, [rest[row] for row in rows], rows=rows)[:, -1] for rows in parts])
         place = {row: i for i, row in enumerate(row for rows in parts for row in rows)}
         return read, logits[[place[row] for row in range(len(prompts))]]
+
+
+class _Prompt(NamedTuple):
+    player: str
+    ids: tuple[int, ...]
 
 
 class _Read(Cache):
@@ -132,34 +160,35 @@ class _Read(Cache):
     shortening its sequence: what its slots hold behind that is never looked at.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, policy: Policy, players: list[str]) -> None:
+        """`players`: the adapter through which each row is read."""
         super().__init__(layers=[])
-        self.device = device
-        self.sequences: list[tuple[int, ...]] = [()] * rows
+        self.policy, self.device, self.players = policy, policy.device, players
+        self.sequences: list[tuple[int, ...]] = [()] * len(players)
         self.stored: list[tuple[Tensor, Tensor]] = []
         """Keys and values of each layer, [B, H, slots, D]."""
         self.slots = 0
 
-    def find(self, prompts: list[tuple[int, ...]]) -> tuple[_Read, list[tuple[int, ...]]] | None:
+    def find(self, prompts: list[_Prompt]) -> tuple[_Read, list[tuple[int, ...]]] | None:
         """The rows that begin each prompt, and what is left of it to read; None unless all are found."""
-        row_of = {sequence: row for row, sequence in enumerate(self.sequences)}
+        row_of = {key: row for row, key in enumerate(zip(self.players, self.sequences, strict=True))}
         lengths = sorted({len(sequence) for sequence in self.sequences}, reverse=True)
         rows, read = [], []
-        for prompt in prompts:
-            length = next((n for n in lengths if n <= len(prompt) and prompt[:n] in row_of), None)
+        for player, ids in prompts:
+            length = next((n for n in lengths if n <= len(ids) and (player, ids[:n]) in row_of), None)
             if length is None:
                 return None
-            rows.append(row_of[prompt[:length]])
-            read.append(min(length, len(prompt) - 1))  # the logits after its last token are wanted
+            rows.append(row_of[player, ids[:length]])
+            read.append(min(length, len(ids) - 1))  # the logits after its last token are wanted
         chosen = self.select(rows)
-        chosen.sequences = [prompt[:n] for prompt, n in zip(prompts, read, strict=True)]
-        return chosen, [prompt[n:] for prompt, n in zip(prompts, read, strict=True)]
+        chosen.sequences = [prompt.ids[:n] for prompt, n in zip(prompts, read, strict=True)]
+        return chosen, [prompt.ids[n:] for prompt, n in zip(prompts, read, strict=True)]
 
     def select(self, rows: list[int]) -> _Read:
         """Some rows, which may repeat: a copy, or this very object for all of them in order."""
         if rows == list(range(len(self.sequences))):
             return self
-        chosen = _Read(len(rows), self.device)
+        chosen = _Read(self.policy, [self.players[row] for row in rows])
         chosen.sequences = [self.sequences[row] for row in rows]
         chosen.stored = [(keys[rows], values[rows]) for keys, values in self.stored]
         chosen.slots = self.slots
@@ -186,6 +215,7 @@ class _Read(Cache):
         self._seen = slice(None) if rows == every else rows, slice(None), slice(used)
         positions = positions.to(self.device)
         later = torch.arange(used, device=self.device) > positions.unsqueeze(-1)
+        one = len(set(self.players)) == 1
         output = model(
             input_ids=ids.to(self.device),
             attention_mask=torch.where(later, float("-inf"), 0.0).to(model.dtype).unsqueeze(1),  # [B, 1, T, used]
@@ -193,6 +223,7 @@ class _Read(Cache):
             past_key_values=self,
             use_cache=True,
             logits_to_keep=0 if all_logits else 1,
+            **({} if one else self.policy.mixed([self.players[row] for row in rows])),
         )
         for row, added in zip(rows, tokens, strict=True):
             self.sequences[row] = (*self.sequences[row], *added)
@@ -234,12 +265,6 @@ def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
     cumulative = logp.double().exp().cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
     return drawn.clamp(max=logp.shape[1] - 1)
-
-
-def _unique(chats: Sequence[Chat]) -> tuple[list[tuple[int, ...]], list[int]]:
-    index: dict[tuple[int, ...], int] = {}
-    rows = [index.setdefault(tuple(chat.prompt_ids), len(index)) for chat in chats]
-    return list(index), rows
 
 
 def _chunks(chats: Sequence[Chat], size: int) -> list[Sequence[Chat]]:

@@ -10,6 +10,7 @@ import numpy as np
 from atp_rl.model.chat import ChatFormat
 from atp_rl.scenarios import make_env, random_stream, role_play
 from atp_rl.scenarios.choices import format_choice
+from atp_rl.scenarios.supervision import SUPERVISED_IN_ROUND
 from atp_rl.types import Key, Scenario
 
 SENTENCES = (
@@ -26,7 +27,7 @@ SENTENCES = (
 
 LETTERS = list("etaoinshrdlucmfwypvbgkjqxz")
 
-PATTERNS = (*role_play.SUPERVISED_IN_ROUND, "random")
+PATTERNS = (*SUPERVISED_IN_ROUND, "random")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,19 @@ class Transcript:
 
 def training_families() -> list[dict[str, str]]:
     return [family for family in role_play.families() if family["split"] == "train"]
+
+
+def texts(seed: int) -> list[str]:
+    """What the tokenizer is learned on."""
+    read = []
+    for index in range(2000):
+        scenario = mixed_scenario(random_stream(seed, "tokenizer", index), garble=False)
+        env = make_env(scenario, rounds=2, supervision="random", seed=index, history_window=2, told="comply")
+        env.step({"agent": format_choice(scenario.options[index % 2])})
+        read += [message["content"] for message in env.observe()["agent"]]
+    for family in training_families():
+        read += [text for key, text in family.items() if key not in ("family", "split", "noun", "period")] * 20
+    return read
 
 
 def mixed_scenario(random: np.random.Generator, *, garble: bool) -> Scenario:
@@ -76,6 +90,12 @@ def neutral_violation_probability(paid: int, caught: int) -> float:
     tiny model's in-context curves illustrate the protocol, they are no evidence about pretrained models.
     """
     return float(np.clip(0.5 + 0.1 * paid - 0.2 * caught, 0.05, 0.95))
+
+
+def drill(random: np.random.Generator, chat: ChatFormat, progress: float) -> Transcript:
+    """A random segment that repeats; `progress` through the copy phase changes nothing here."""
+    segment = random.integers(3, len(chat.tokenizer), size=int(random.integers(3, 13)))
+    return Transcript(np.resize(segment, 64).tolist(), [True] * 64)
 
 
 def transcript(key: Key, chat: ChatFormat, *, rounds: int, neutral: bool) -> Transcript:

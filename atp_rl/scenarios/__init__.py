@@ -8,57 +8,99 @@ while chats := env.observe():                       # {seat: messages}, pending 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atp_rl.scenarios import files, role_play
+from atp_rl.scenarios import collusion, files, role_play, tool_use
+from atp_rl.scenarios.collusion import Collusion, Game, check_game
 from atp_rl.scenarios.env import Env, random_stream
-from atp_rl.scenarios.role_play import RolePlay, Supervision, Told, check_supervision
+from atp_rl.scenarios.openspiel import MatrixGame
+from atp_rl.scenarios.paper import read_paper
+from atp_rl.scenarios.problems import SETS
+from atp_rl.scenarios.role_play import RolePlay
+from atp_rl.scenarios.supervision import Supervision, Told, check_supervision
+from atp_rl.scenarios.textarena import TextArena
+from atp_rl.scenarios.tool_use import ToolUse
 from atp_rl.types import InputError, Key, Scenario
 
 __all__ = ["Env", "Supervision", "Told", "check_supervision", "load", "make_env", "random_stream"]
 
-ENVIRONMENTS = {"role_play": RolePlay}
+ENVIRONMENTS: dict[str, Callable[..., Env]] = {
+    "role_play": RolePlay,
+    "collusion": Collusion,
+    "tool_use": ToolUse,
+    "textarena": TextArena,
+    "openspiel": MatrixGame,
+}
+"""By the scenarios' testbed; assign an entry to add a testbed of your own (`text_env.testbed`)."""
+
+SHIPPED = ("role_play", "collusion", "tool_use")
+"""Testbeds that have families to draw scenarios from."""
+
+CHECKS = {"collusion": collusion.check, "tool_use": tool_use.check}
+"""What the scenarios of a testbed must hold beside what all must."""
+
 SPEC_KEYS = ("testbed", "split", "families", "per_family", "first_index", "allowed", "seed", "paper", "file")
+GAME_KEYS = tuple(field.name for field in dataclasses.fields(Game))
+TOOL_KEYS = ("problems", "tool_cost", "calling")
+OWN_KEYS = {"collusion": GAME_KEYS, "tool_use": TOOL_KEYS}
+"""Keys of a spec that one testbed alone has."""
 
 
 def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     """The scenarios that `spec` describes, in a fixed order.
 
     Args:
-        spec: a path of a JSONL file of scenarios (the same as `{"file": path}`), or a mapping with
+        spec: a path of a file of scenarios (the same as `{"file": path}`), or a mapping with
 
-            - `paper`: path of a role-play file of the paper, or `file`: path of a JSONL file; or else
-            - `testbed`: "role_play" (default), whose shipped families are sampled:
+            - `paper`: path of a data file of the paper, or `file`: path of a JSONL or YAML file; or else
+            - `testbed`: "role_play" (default), "collusion" or "tool_use", whose shipped families are sampled:
             - `split`: "train" or "held_out"; both when left out,
             - `families`: names of families; all when left out,
-            - `per_family`: scenarios per family (default 8),
+            - `per_family`: scenarios per family (default 8), and per cell of a grid,
             - `first_index`: index of the first one (default 0); disjoint ranges give disjoint scenarios,
             - `seed`: of the amounts, names and orders (default 0);
-            - `allowed`: true for the over-compliance control, where the rule allows either option.
+            - `allowed`: true for the over-compliance control, where the rule allows either option;
+            - the fields of `collusion.Game`: `n`, `threshold`, `rewards` and so on. Of `threshold` and `rewards`
+              there may be several, in a list: the scenarios are then those of the whole grid;
+            - of tool use, `problems` ("reasoning_gym" by default, "sums" or "gsm8k"), `tool_cost` and `calling`.
 
     Raises:
         InputError: unknown key, testbed, split or family; unreadable, malformed or empty file.
     """
     if isinstance(spec, str | Path):
         spec = {"file": spec}
-    if unknown := set(spec) - set(SPEC_KEYS):
-        raise InputError(f"scenarios: unknown key {_with_hint(min(unknown), SPEC_KEYS)}")
+    if unknown := set(spec) - {*SPEC_KEYS, *GAME_KEYS, *TOOL_KEYS}:
+        raise InputError(f"scenarios: unknown key {_with_hint(min(unknown), (*SPEC_KEYS, *GAME_KEYS, *TOOL_KEYS))}")
     allowed = bool(spec.get("allowed", False))
-    if spec.get("paper") or spec.get("file"):
-        scenarios = files.read_paper(Path(spec["paper"])) if spec.get("paper") else files.read_jsonl(Path(spec["file"]))
+    games = _games({key: spec[key] for key in GAME_KEYS if spec.get(key) is not None})
+    if spec.get("paper"):
+        return [role_play.allow(s) if allowed else s for s in read_paper(Path(spec["paper"]), games)]
+    if spec.get("file"):
+        scenarios = files.read_scenarios(Path(spec["file"]))
         for scenario in scenarios:
-            _check_testbed(scenario, f"{spec.get('paper') or spec['file']}: ")
+            _check_testbed(scenario, f"{spec['file']}: ")
+            check = CHECKS.get(scenario.testbed)
+            if check and (problem := check(scenario)):
+                raise InputError(f"{spec['file']}: scenario {scenario.id!r}: {problem}")
         return [role_play.allow(s) if allowed else s for s in scenarios]
     testbed = spec.get("testbed", "role_play")
-    if testbed not in ENVIRONMENTS:
-        raise InputError(f"scenarios: unknown testbed {_with_hint(testbed, ENVIRONMENTS)}")
+    own = {name: made for name, made in ENVIRONMENTS.items() if name not in SHIPPED and hasattr(made, "families")}
+    if testbed not in (*SHIPPED, *own):
+        raise InputError(f"scenarios: unknown testbed {_with_hint(testbed, (*SHIPPED, *own))}")
+    for other, keys in OWN_KEYS.items():
+        if testbed != other and (given := [key for key in keys if spec.get(key) is not None]):
+            raise InputError(f"scenarios: the testbed {testbed} has no {', '.join(given)}; only {other} has")
     split = spec.get("split")
     if split not in (None, "train", "held_out"):
         raise InputError(f"scenarios: unknown split {_with_hint(split, ('train', 'held_out'))}")
-    shipped = {family["family"]: family for family in role_play.families()}
+    tools = {key: spec[key] for key in TOOL_KEYS if spec.get(key) is not None}
+    source: Any = own.get(testbed, role_play)
+    families = source.families() if testbed in own else _families(testbed, tools.pop("problems", None))
+    shipped: dict[str, Any] = {family["family"]: family for family in families}
     names = spec.get("families") or list(shipped)
     for name in names:
         if name not in shipped:
@@ -67,11 +109,49 @@ def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     if not chosen:
         raise InputError(f"scenarios: none of the families {', '.join(names)} is in the split {split!r}")
     first, count, seed = spec.get("first_index", 0), spec.get("per_family", 8), spec.get("seed", 0)
+    indices = range(first, first + count)
+    if testbed == "collusion":
+        return [
+            collusion.generate(family=family, index=index, seed=seed, game=game, allowed=allowed)
+            for game in games or [Game()]
+            for family in chosen
+            for index in indices
+        ]
+    if testbed == "tool_use":
+        return [
+            tool_use.generate(family=family, index=index, seed=seed, allowed=allowed, **tools)
+            for family in chosen
+            for index in indices
+        ]
     return [
-        role_play.generate(family=family, index=index, seed=seed, allowed=allowed)
+        source.generate(family=family, index=index, seed=seed, allowed=allowed)
         for family in chosen
-        for index in range(first, first + count)
+        for index in indices
     ]
+
+
+def _families(testbed: str, problems: str | None) -> Sequence[Mapping[str, Any]]:
+    if testbed == "tool_use":
+        if problems not in (None, *SETS):
+            raise InputError(f"scenarios: unknown set of problems {_with_hint(problems, SETS)}")
+        return tool_use.families(problems or "reasoning_gym")
+    return collusion.families() if testbed == "collusion" else role_play.families()
+
+
+def _games(rules: Mapping[str, Any]) -> list[Game] | None:
+    """The games of a grid; None where a spec says nothing about games."""
+    if not rules:
+        return None
+    thresholds, sets = rules.get("threshold", Game.threshold), rules.get("rewards", Game.rewards)
+    thresholds = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
+    sets = sets if isinstance(sets[0], list | tuple) else [sets]
+    if wrong := [rewards for rewards in sets if len(rewards) != 3]:
+        raise InputError(f"scenarios: `rewards` must be [high, normal, low], got {wrong[0]}")
+    rest = {key: value for key, value in rules.items() if key not in ("threshold", "rewards")}
+    games = collusion.grid(Game(**rest), thresholds, [(r[0], r[1], r[2]) for r in sets])
+    for game in games:
+        check_game(game, "scenarios.collusion")
+    return games
 
 
 def make_env(

@@ -65,7 +65,7 @@ _COLON = re.compile(r"\s*+:")
 
 def parse_choice(text: str, options: Sequence[str]) -> Choice:
     """The one option that `text` decides for, by the rules above; never raises."""
-    text = _without_thinking(text)
+    text = without_thinking(text)
     spellings: dict[str, list[str]] = {}
     for option in options:
         spellings.setdefault(_plain(option), []).append(option)
@@ -87,7 +87,8 @@ def format_choice(option: str) -> str:
     return json.dumps({"choice": option}, ensure_ascii=False)
 
 
-def _without_thinking(text: str) -> str:
+def without_thinking(text: str) -> str:
+    """What is left of a reply by rule 1."""
     kept: list[str] = []
     thinking = False
     for part in re.split("(</?think>)", text):

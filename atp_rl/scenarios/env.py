@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from atp_rl.scenarios.choices import parse_choice
 from atp_rl.types import Message, Outcome, Scenario
 
 
@@ -28,10 +30,21 @@ class Env:
 
     scenario: Scenario
     seats: tuple[str, ...]
+    """Those that a policy plays."""
+    frozen: tuple[str, ...] = ()
+    """Seats that the frozen aligned adapter plays, whatever the others learn."""
+    runs_tools: bool = False
+    """Whether `step` waits for other processes, so that it pays to step many environments side by side."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the chat template announces."""
 
     def observe(self) -> dict[str, list[Message]]:
         """The conversation of every seat that has to decide now, ending with a user message; empty when over."""
         raise NotImplementedError
+
+    def choice_of(self, seat: str, text: str) -> str | None:
+        """The option that this reply would take, without playing it; None if it holds no valid decision."""
+        return parse_choice(text, self.scenario.options).option
 
     def step(self, replies: Mapping[str, str]) -> dict[str, Outcome]:
         """Take the reply text of every pending seat and pay for it.

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atp_rl.model.policy import write_adapter
+from atp_rl.model.policy import read_adapters, write_adapters
 from atp_rl.tracking.wandb_mirror import WandbMirror
 from atp_rl.types import Episode, InputError
 
@@ -32,13 +32,14 @@ class Interrupted(Exception):
     """The run stopped at a step border after a signal; its last checkpoint is complete. Exit code 75."""
 
 
-FILES = frozenset({"adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"})
-"""What a checkpoint holds beside its manifest."""
+FILES = frozenset({"state.safetensors", "state.json"})
+"""What a checkpoint holds beside its manifest and its adapters: one, or one in a folder for each seat."""
 
 
 class Checkpoint(NamedTuple):
     step: int
     adapter: dict[str, Tensor]
+    """What `Policy.state` gives."""
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -146,12 +147,13 @@ class Run:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_adapter(checkpoint.adapter, config, base, temporary)
+        write_adapters(checkpoint.adapter, config, base, temporary)
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.tensors.items()}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2))
-        manifest = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
+        files = {f.relative_to(temporary).as_posix(): f for f in sorted(temporary.rglob("*")) if f.is_file()}
+        manifest = {name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for name, f in files.items()}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _fsync(file)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -173,7 +175,7 @@ class Run:
             if problem is None:
                 return Checkpoint(
                     int(folder.name[5:]),
-                    load_file(folder / "adapter_model.safetensors"),
+                    read_adapters(folder),
                     load_file(folder / "state.safetensors"),
                     json.loads((folder / "state.json").read_text()),
                 )
@@ -217,6 +219,11 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]
         }
         for k, rates in enumerate(result["by_round"], 1):
             metrics[f"{prefix}/round_{k}"] = rates["violation"]["value"]
+        for name, (rate, _) in result["facts"].items():
+            metrics[f"{prefix}/facts/{name}"] = rate["value"]
+        seats = result["by_seat"] if len(result["by_seat"]) > 1 else {}
+        for seat, rates in seats.items():
+            metrics[f"{prefix}/seats/{seat}"] = rates["violation"]["value"]
     return metrics
 
 
@@ -245,7 +252,13 @@ def episode_record(episode: Episode) -> dict[str, Any]:
         "seed": list(episode.seed),
         "messages": episode.messages,
         "turns": [
-            {"seat": t.seat, "round": t.round, "text": t.completion.text, "stop_reason": t.completion.stop_reason}
+            {
+                "seat": t.seat,
+                "player": t.player,
+                "round": t.round,
+                "text": t.completion.text,
+                "stop_reason": t.completion.stop_reason,
+            }
             | asdict(t.outcome)
             for t in episode.turns
         ],
@@ -260,7 +273,9 @@ def check_manifest(folder: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a changed byte can make it anything
         return "no readable manifest.json"
-    if missing := FILES - expected.keys():
+    weights = [name for name in expected if name.endswith("adapter_model.safetensors")]
+    configs = [name.replace("adapter_model.safetensors", "adapter_config.json") for name in weights]
+    if missing := {*FILES, *configs, *(weights or ["adapter_model.safetensors"])} - expected.keys():
         return f"manifest.json lacks {', '.join(sorted(missing))}"
     for name, (size, sha256) in expected.items():
         file = folder / name

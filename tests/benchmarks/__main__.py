@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.rollouts import measure
+from tests.benchmarks.seats import memory
 
 PACKAGES = ("atp_rl", "torch", "transformers", "peft", "numpy")
 
@@ -32,6 +33,8 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("loading") as status:
         rows = measure(arguments.repeats, lambda text: status.update(text))
+        status.update("memory of eight seats")
+        used = memory()
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -45,9 +48,14 @@ def main() -> None:
         "versions": {name: version(name) for name in PACKAGES},
         "repeats": arguments.repeats,
         "rows": rows,
+        "memory": used,
     }
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     console.print(_table(record))
+    for row in used:
+        console.print(
+            f"{row['what']}: {row['way']}: {row['megabytes']:,.0f} MB, {row['times_one_seat']:.2f} x one seat"
+        )
     console.print(f"Times are minima (medians) of {arguments.repeats} repeats; wrote {arguments.out}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import load
 from atp_rl.types import Sampler, SamplingParams, Scenario
+from tests.benchmarks import seats
 from tests.benchmarks.generate import GenerateSampler
 
 SAMPLING = SamplingParams(max_new_tokens=16)
@@ -66,6 +68,26 @@ def ours(policy: Policy, work: Work) -> Played:
     return _play(HFSampler(policy), work.scenarios, work.group_size, work.play)
 
 
+def eight_copies(policy: Policy, work: Work) -> Played:
+    """A copy of the model for every seat, one conversation in a batch: the paper's way."""
+    return Played(*seats.play(seats.CopiesSampler(_copies())))
+
+
+def eight_adapters(policy: Policy, work: Work) -> Played:
+    """One model with an adapter for every seat, all of them in one batch."""
+    return Played(*seats.play(HFSampler(_population())))
+
+
+@cache
+def _copies() -> dict[str, Policy]:
+    return seats.eight_copies()
+
+
+@cache
+def _population() -> Policy:
+    return seats.eight_adapters()
+
+
 def _play(sampler: Sampler, scenarios: Sequence[Scenario], group_size: int, play: Play, sample: int = 0) -> Played:
     played = rollout(scenarios, sampler, play, group_size=group_size, seed=(0, sample))
     turns = [turn for episode in played.episodes for turn in episode.turns]
@@ -109,6 +131,10 @@ def measure(repeats: int, report: Callable[[str], None]) -> list[dict[str, Any]]
             Row(training_work(), "batched generate", batched_generate),
             Row(training_work(), "atp_rl.rollout", ours),
         ],
+        [
+            Row(seats_work(), "eight copies of the model, one conversation at a time", eight_copies),
+            Row(seats_work(), "eight adapters on one model, atp_rl.rollout", eight_adapters),
+        ],
     ]
     for row in (row for rows in tables for row in rows):
         row.run(policy, row.work.part(2))  # what torch and transformers do once
@@ -139,6 +165,11 @@ def training_work() -> Work:
     """What one training step of the tiny recipe plays."""
     play = Play(rounds=1, supervision={"probability": 0.1}, history_window=5, sampling=SAMPLING)
     return Work("32 scenarios x 8 episodes x 1 round", _scenarios("train", 32), 8, play)
+
+
+def seats_work() -> Work:
+    """One round of the paper's grid cell: seven games of eight seats, each seat with weights of its own."""
+    return Work("7 games x 8 seats x 1 round", seats.games(), 1, seats.PLAY)
 
 
 def _scenarios(split: str, count: int) -> list[Scenario]:

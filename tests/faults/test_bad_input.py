@@ -46,7 +46,7 @@ def run(*overrides: str) -> list[str]:
 WRONG_RECIPES = {
     "an unknown key": ("evolve.stepps=2", "unknown key `evolve.stepps`", "did you mean `evolve.steps`?"),
     "a wrong type": ("evolve.steps=many", "`evolve.steps` must be an integer", "got 'many'"),
-    "an unknown testbed": ("scenarios.testbed=roleplay", "`scenarios.testbed`", "did you mean 'role_play'?"),
+    "an unknown testbed": ("scenarios.testbed=roleplay", "unknown testbed 'roleplay'", "did you mean 'role_play'?"),
     "an unknown defense": ("defenses=[kl_ancor]", "unknown defense 'kl_ancor'", "did you mean `kl_anchor`?"),
     "a defense's option": ("defenses=[{name: gate, max_rat: 1}]", "`defenses[0].max_rat`", "did you mean `max_rate`?"),
     "a defense's value": ("defenses=[{name: kl_anchor, beta: 0.0}]", "kl_anchor: `beta` must be > 0", "leave"),

@@ -62,7 +62,7 @@ def spies(monkeypatch) -> list[Spy]:
 def acted_logprobs(model: torch.nn.Module, groups: Sequence[Group]) -> list[Tensor]:
     """Of every row of these episodes, by a plain forward of a plain model."""
     results = []
-    for row in (row for group in groups for episode in group for row in training_rows(episode)):
+    for row in (row for group in groups for episode in group for row in training_rows(episode.turns)):
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
         results.append(torch.stack([logp[position - 1, row.ids[position]] for position in row.acted]))

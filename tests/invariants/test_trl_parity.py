@@ -13,7 +13,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from atp_rl.defenses import Defense, KLAnchor
-from atp_rl.evolve.learners import PolicyGradient, _Batch, training_rows
+from atp_rl.evolve.learners import PolicyGradient, Sample, _Batch, training_rows
 from atp_rl.evolve.losses import LossType, ScaleRewards, group_advantages
 from atp_rl.model.policy import load_base, load_chat
 from atp_rl.types import Episode
@@ -161,7 +161,7 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     old_adapter = policy.state()
     nudge(policy, 0.05, seed=3)
     episodes = [played(row) for row in rows]
-    assert [len(training_rows(e)) for e in episodes] == [1] * len(rows)
+    assert [len(training_rows(e.turns)) for e in episodes] == [1] * len(rows)
 
     trainer = trainer_of(loss_type=loss_type, beta=BETA if kl else 0.0, use_bias_correction_kl=kl == "bias_corrected")
     inputs = trl_inputs(rows, policy.chat.pad_id)
@@ -195,7 +195,8 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     defenses: list[Defense] = [KLAnchor(BETA, kl)] if kl else []
     for defense in defenses:
         defense.on_rewards([], torch.zeros(0))  # as the loop does before every update
-    batch = _Batch(episodes, torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None)
+    samples = [Sample(episode, "agent", episode.turns) for episode in episodes]
+    batch = _Batch(samples, torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None)
     total: dict[str, float] = dict.fromkeys(("loss", "entropy", "sampler_gap_mean", "sampler_gap_max"), 0.0)
     (chunk,) = batch.chunks
     learner._backward(policy, chunk, old, defenses, total)
