@@ -5,13 +5,14 @@ Exit codes: 0 done, 1 failure, 2 bad input, 75 interrupted and resumable.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-tiny = typer.Typer(help="The tiny model that ships with the package.", no_args_is_help=True)
+tiny = typer.Typer(help="The tiny models that ship with the package.", no_args_is_help=True)
 app.add_typer(tiny, name="tiny")
 app.add_typer(scenarios_cli.app, name="scenarios")
 
@@ -162,14 +163,17 @@ def schema() -> None:
 @tiny.command()
 def build(
     out: Annotated[Path, typer.Argument(help="Directory of the model; an interrupted build there is continued.")],
+    testbed: Annotated[
+        Literal["role_play", "tool_use"], typer.Option(help="Which one: `tiny` (role play, collusion) or `tiny_tools`.")
+    ] = "role_play",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make the tiny model from scratch (about half an hour on two cores)."""
+    """Make a tiny model from scratch (about half an hour on two cores)."""
     from atp_rl.model import tiny as model
     from atp_rl.model.tiny_card import write_card
     from atp_rl.tracking.progress import progress
 
-    plan = model.BuildPlan(seed=seed)
+    plan = dataclasses.replace(model.PLANS[testbed], seed=seed)
     with progress(plan.steps, "tiny build") as show:
         model.build(out, plan, report=lambda step, phase, loss: show(step, f"{phase}  loss {loss:.3f}"))
     print(write_card(out))

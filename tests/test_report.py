@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from atp_rl.evaluate.diffusion import Game, spread
 from atp_rl.evaluate.stats import wilson
 from atp_rl.tracking import compare
 from atp_rl.tracking.compare import ILLUSTRATION
@@ -85,6 +87,7 @@ def make_run(
     path: Path,
     *,
     name: str = "undefended",
+    testbed: str = "role_play",
     seed: int = 0,
     curve: dict[int, int | dict[str, Any]],
     tipping_step: int | None = None,
@@ -105,7 +108,7 @@ def make_run(
 
     crossing = {"step": time_to_25, "censored_at": steps}
     summary = {
-        "name": name, "seed": seed, "model": model, "testbed": "role_play", "aligned": ends(first), "final": ends(last),
+        "name": name, "seed": seed, "model": model, "testbed": testbed, "aligned": ends(first), "final": ends(last),
         "tipped": tipping_step is not None, "tipping_step": tipping_step,
         "time_to": {"0.10": crossing, "0.25": crossing, "0.50": {"step": None, "censored_at": steps}},
         "steps": steps, "wall_seconds": 30.5, "complete": True,
@@ -163,6 +166,63 @@ def in_context(tmp_path: Path) -> Path:
     """No step is taken: three rounds of 50 decisions in which violations rise."""
     curve: dict[int, Any] = {0: split(60, rounds=(5, 20, 35))}
     return make_run(tmp_path / "in_context", name="in_context", curve=curve, learner="in_context")
+
+
+def fact(k: int, rounds: tuple[int | None, ...] = (), n: int = 50) -> list[Any]:
+    """A fact that was true k times of n, and in each round of 20 (None: it was not seen in that round)."""
+    return [rate(k, n), [rate(0, 0) if r is None else rate(r, 20) for r in rounds]]
+
+
+def tool_facts(used: int, right: int) -> dict[str, Any]:
+    """Four rounds, two easy and two hard; the tool is used, and answers are right, as often in each round of a kind."""
+    return {
+        "tool_used/easy": fact(used, (used // 3, used // 3, None, None)),
+        "tool_used/hard": fact(used, (None, None, used // 3, used // 3)),
+        "correct/easy": fact(45, (18, 18, None, None)),
+        "correct/hard": fact(right, (None, None, right // 3, right // 3)),
+    }
+
+
+GAMES = [
+    Game(np.array([[1, 1, 0], [1, 1, 1], [0, 1, 0]], float), np.array([True, True, False]), "a"),
+    Game(np.array([[0, 1, 0], [1, 0, 1], [1, 1, 1]], float), np.array([False, True, True]), "b"),
+    Game(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], float), np.array([False, False, False]), "c"),
+]
+"""Of three seats, in three scenarios."""
+
+
+def seats(*violations: int) -> dict[str, Any]:
+    """Violations among 20 decisions of seat_1, seat_2, ..."""
+    return {f"seat_{i}": verdicts(k, 0, 20) for i, k in enumerate(violations, 1)}
+
+
+def several_seats(path: Path, **changes: Any) -> Path:
+    """Collusion of three seats, in which violations pass from the first one to the others within 20 steps."""
+    spread_ = spread(GAMES).record()
+    curve: dict[int, Any] = {
+        0: split(40, by_seat=seats(18, 2, 0), spread=spread_),
+        10: split(80, by_seat=seats(18, 8, 2), spread=spread_),
+        20: split(150, by_seat=seats(19, 16, 15), spread=spread_),
+    }
+    return make_run(path, testbed="collusion", curve=curve, **changes)
+
+
+def cell(violation: tuple[int, ...], success: tuple[int, ...], games: list[Game]) -> dict[str, Any]:
+    """One setting of a grid; violations among 50 decisions and successes among 20 in each round."""
+    return {
+        **verdicts(sum(violation), 0, 50 * len(violation)),
+        "by_round": [verdicts(k, 0, 50) for k in violation],
+        "facts": {"success": fact(0, success)},
+        "spread": spread(games).record() if games else None,
+    }
+
+
+def shown(*tables: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table)
+    return " ".join(captured.get().split())
 
 
 class Page(HTMLParser):
@@ -546,3 +606,155 @@ def test_the_figure_for_a_readme_is_small(demo, in_context, tmp_path):
     out = write_curve_png([demo, in_context], tmp_path / "curve.png")
     assert out.read_bytes().startswith(b"\x89PNG")
     assert out.stat().st_size < 120_000
+
+
+# What only some testbeds have.
+
+
+def test_facts_are_shown_by_checkpoint_and_by_round_easy_and_hard_apart(tmp_path):
+    curve: dict[int, Any] = {0: split(8, facts=tool_facts(45, 42)), 10: split(9, facts=tool_facts(3, 12))}
+    path = make_run(tmp_path / "a", testbed="tool_use", curve=curve)
+    page = Page(report(path, out=tmp_path / "r.html"))
+    for text in (
+        "tool used by step: easy solid, hard dashed",
+        "correct by round: easy solid, hard dashed",
+        "undefendedcorrect, easycorrect, hardtool used, easytool used, hard",
+        # rows: both checkpoints, then the rounds of the last one; what was not seen is a dash
+        "step 0 90.0 % [78.6–95.7] n = 50 84.0 % [71.5–91.7] n = 50",
+        "step 10, round 1 90.0 % [69.9–97.2] n = 20 – 5.0 % [0.9–23.6] n = 20 –",
+        "step 10, round 3– 20.0 % [8.1–41.6] n = 20 – 5.0 % [0.9–23.6] n = 20",
+    ):
+        assert text.replace(" ", "") in page.text.replace(" ", ""), text
+    assert page.tags.count("svg") == 6  # decay, learning, and two facts by step and by round
+    assert len(page.ids) == len(set(page.ids))
+    text = shown(*compare.tables(expand([path])))
+    assert "tool_used/hard step 0: 90.0 % [78.6–95.7], n = 50 3: 5.0 % [0.9–23.6], n = 20" in text
+    assert "step 10: 6.0 % [2.1–16.2], n = 50 4: 5.0 % [0.9–23.6], n = 20" in text
+
+
+def test_the_facts_of_seeds_are_pooled(tmp_path):
+    paths = [
+        make_run(tmp_path / str(seed), seed=seed, curve={0: split(8, facts={"correct": fact(right, (right,))})})
+        for seed, right in enumerate((10, 20))
+    ]
+    found = compare.facts(expand(paths))
+    assert found.names == ["correct"]
+    assert compare.rate_text(found.checkpoints[0][1][0]) == "30.0 % (seeds 20.0–40.0), n = 100"
+    assert compare.rate_text(found.rounds[0][0]) == "75.0 % (seeds 50.0–100.0), n = 40"
+
+
+def test_a_grid_has_a_line_per_setting(tmp_path):
+    grid = {
+        "t=2 of 3, 1.2/1/0.8": cell((10, 20, 40), (4, 8, 16), GAMES),
+        "t=3 of 3, 1.2/1/0.8": cell((5, 6, 7), (0, 0, 0), []),
+    }
+    path = make_run(tmp_path / "a", testbed="collusion", curve={0: split(9, by_setting=grid)}, learner="in_context")
+    page = Page(report(path, out=tmp_path / "r.html"))
+    # GAMES: after the first success come two rounds of game a, one of them a success, and one of game b, a success
+    assert "66.7 % [50.0–100.0] n = 3" in page.text
+    text = shown(*compare.tables(expand([path])))
+    first = "1: 20.0 % [11.2–33.0], n = 50 1: 20.0 % [8.1–41.6], n = 20 66.7 % [50.0–100.0], n = 3"
+    assert f"t=2 of 3, 1.2/1/0.8 {first}" in text
+    assert "t=3 of 3, 1.2/1/0.8 1: 10.0 % [4.3–21.4], n = 50 1: 0.0 % [0.0–16.1], n = 20 not measured, n = 0" in text
+    assert "Violation in round" in page.text
+    assert "Success in round" in page.text
+
+
+def test_a_run_of_one_setting_has_no_grid_and_one_of_one_seat_no_spread(tipping, tmp_path):
+    page = Page(report(tipping, out=tmp_path / "r.html"))
+    assert not {"grid", "spread", "facts"} & set(page.ids)
+    assert len(compare.tables(expand([tipping]))) == 1
+
+
+def test_several_seats_have_a_picture_and_measures_with_reasons_for_what_is_unknown(tmp_path):
+    path = several_seats(tmp_path / "a")
+    (path / "recipe.yaml").write_text("evolve: {deviants: {count: 1, adapter: runs/tipped}}\n")
+    page = Page(report(path, out=tmp_path / "r.html"))
+    assert "Violation rate by seat at 3 checkpoints, at steps 0 and 20: seat_1 (deviant) 90.0 % and 95.0 %" in page.text
+    assert "1 deviant seats" in page.text
+    named = {m.name: m for m in compare.measures(load_run(path))}
+    again = named["re-collusion: rounds after the first success"]
+    assert (again.value, again.n) == ("66.7 %", "3 rounds")
+    first = named["first success"]
+    assert (first.value, first.n) == ("2 rounds", "3 games")
+    assert first.note.startswith("median; 2 of 3 within 3 rounds; restricted mean 2.00")
+    imitation = named["imitation coefficient"]
+    assert (imitation.value, imitation.n) == ("unknown", "18 decisions")
+    assert imitation.note == "3 clusters are too few for an interval of 3 coefficients"
+    # 20, 28 and 50 of 60 decisions: half way, at 35, between the second checkpoint and the third
+    assert named["half time of the violating share"].value == "13.2 steps"
+    assert named["its change over the run"].value == "+50.0 points"
+    text = shown(*compare.tables(expand([path])))
+    for measure in named.values():
+        assert measure.name in page.text
+        assert measure.note in page.text
+        assert measure.name in text
+
+
+def test_one_checkpoint_has_no_half_time_and_no_picture(tmp_path):
+    path = make_run(tmp_path / "a", curve={0: split(8, by_seat=seats(3, 4), spread=None)}, learner="in_context")
+    assert [m.value for m in compare.measures(load_run(path))] == ["unknown"] * 2
+    assert {m.note for m in compare.measures(load_run(path))} == {"there is only one checkpoint"}
+    assert "Violation rate by seat" not in Page(report(path, out=tmp_path / "r.html")).text
+
+
+def test_seats_are_counted_as_people_count(tmp_path):
+    path = make_run(tmp_path / "a", curve={0: split(8, by_seat=seats(*range(11)))})
+    (path / "recipe.yaml").write_text("evolve: {deviants: {count: 2}}\n")
+    record = load_run(path)
+    assert record.seats == [f"seat_{i}" for i in range(1, 12)]
+    assert record.deviants == ["seat_1", "seat_2"]
+
+
+def test_in_context_the_ends_are_rounds_in_which_the_rule_demanded_something(tmp_path):
+    nothing = verdicts(0, 0, 0)
+    by_round = [nothing, nothing, verdicts(5, 1, 50), verdicts(20, 1, 50)]
+    path = make_run(tmp_path / "a", curve={0: split(25, by_round=by_round)}, learner="in_context")
+    assert "10.0 % [4.3–21.4], n = 50 in round 3 and 40.0 % [27.6–53.8], n = 50 in round 4" in reading(path)
+    page = Page(report(path, out=tmp_path / "r.html"))
+    for end in ("round 310.0 % [4.3–21.4]", "round 440.0 % [27.6–53.8]"):
+        assert end in page.text
+
+
+def test_a_run_without_any_ruled_decision_is_shown(tmp_path):
+    path = make_run(tmp_path / "a", curve={0: split(0, by_round=[], violation=rate(0, 0))}, learner="in_context")
+    assert "not measured, n = 0" in reading(path)
+    report(path, out=tmp_path / "r.html")
+
+
+def test_names_of_facts_settings_and_seats_are_escaped(tmp_path):
+    changes = {
+        "facts": {f"{SCRIPT}/{SCRIPT}": fact(3, (1, 2))},
+        "by_seat": {SCRIPT: verdicts(3, 0, 20), "b": verdicts(4, 0, 20)},
+        "by_setting": {SCRIPT: cell((1,), (1,), []), "other": cell((2,), (2,), [])},
+        "spread": spread(GAMES).record(),
+    }
+    curve: dict[int, Any] = {0: split(8, **changes), 10: split(9, **changes)}
+    page = report(make_run(tmp_path / "a", curve=curve), out=tmp_path / "r.html")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 9
+
+
+def test_a_call_of_a_tool_is_shown_with_its_output(tipping, tmp_path):
+    played = episode("compliance", "called")
+    call, answer = f'{{"tool": "python", "code": "{SCRIPT}"}}', '{"answer": 5}'
+    turn = played["turns"][0] | {"round": 2, "player": "policy", "ruled": False, "facts": {}, "choice": "tool"}
+    played["messages"] = {
+        "agent": [
+            {"role": "user", "content": "Solve it."},
+            {"role": "assistant", "content": call},
+            {"role": "user", "content": f"Output: {SCRIPT}"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+    played["turns"] = [
+        turn | {"text": call, "verdict": None, "payoff": 0.0},
+        turn | {"text": answer, "facts": {"correct/easy": True, "tool_used/easy": False}, "payoff": 0.6},
+    ]
+    write_episodes(tipping / "episodes/step_0000_held_out.jsonl.gz", [played])
+    html = report(tipping, out=tmp_path / "r.html")
+    assert "<script" not in html
+    text = Page(html).text
+    assert f"agent{call} Round 3: called the tool tool outputOutput: {SCRIPT} agent{answer} Round 3: compliance" in text
+    said = "compliance, nothing was demanded · chose tool · payoff 0.6 · correct/easy: yes · tool used/easy: no"
+    assert said in text

@@ -110,7 +110,7 @@ def test_other_plans_and_other_folders_are_refused(built, tmp_path):
 
 
 def test_the_command_builds_and_writes_the_card(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tiny, "BuildPlan", lambda seed: SMALL)
+    monkeypatch.setitem(tiny.PLANS, "role_play", SMALL)
     monkeypatch.setattr("atp_rl.model.tiny_card.PER_FAMILY", 1)
     app(["tiny", "build", str(tmp_path / "m")], standalone_mode=False)
     card = (tmp_path / "m" / "README.md").read_text()

@@ -1,15 +1,15 @@
-"""The tiny model: a Qwen3-architecture language model of a quarter of a million weights, made from scratch.
+"""The tiny models: Qwen3-architecture language models of a quarter of a million weights, made from scratch.
 
-It is a model organism: it reads rule and pay of the shipped role-play texts and answers in their format, so that the
-whole pipeline runs in minutes on two CPU cores, through the same code as an 8B model. `atp tiny build` makes it in
-three phases, each of which the next one needs:
+They are model organisms: one reads rule and pay of the shipped role-play texts and answers in their format, the other
+adds two numbers, in its head or with the tool, so that the whole pipeline runs in minutes on two CPU cores, through the
+same code as an 8B model. `atp tiny build` makes them in three phases, each of which the next one needs:
 
-1. *copy*: random segments that repeat, from which attention learns to copy,
+1. *copy*: random segments that repeat, from which attention learns to copy; for tool use, bare sums and calls instead,
 2. *decided*: single rounds in which it is told to comply or to take the best paid, so that reading decides the answer,
 3. *mixed*: also told nothing (a coin), several rounds, histories that went another way.
 
-The loss is that of the answers plus a tenth of that of the prompts. What the result can do is in its card,
-`tiny_weights/README.md`.
+The loss is that of the answers plus a tenth of that of the prompts. What the results can do is in their cards,
+`tiny_weights/README.md` and `tiny_tools/README.md`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from atp_rl.model import tiny_tool_transcripts, tiny_transcripts
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
-from atp_rl.model.tiny_transcripts import mixed_scenario, training_families, transcript
-from atp_rl.scenarios import make_env, random_stream
-from atp_rl.scenarios.choices import format_choice
+from atp_rl.scenarios import random_stream
 from atp_rl.types import InputError
 
 WEIGHTS = Path(__file__).parent / "tiny_weights"
-"""The built model that ships with the package, in the layout of `save_pretrained`."""
+"""The built model for role play that ships with the package, in the layout of `save_pretrained`."""
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -53,8 +52,9 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How a tiny model is made; the defaults make the one that ships."""
+    """How a tiny model is made."""
 
+    testbed: Literal["role_play", "tool_use"] = "role_play"
     seed: int = 0
     vocabulary: int = 1024
     hidden: int = 64
@@ -71,16 +71,18 @@ class BuildPlan:
         return self.copy_steps + self.decided_steps + self.mixed_steps
 
 
+PLANS: dict[str, BuildPlan] = {
+    "role_play": BuildPlan(),
+    "tool_use": BuildPlan(
+        testbed="tool_use", vocabulary=640, batch=40, copy_steps=1000, decided_steps=500, mixed_steps=700
+    ),
+}
+"""Of the models that ship."""
+
+
 def make_tokenizer(plan: BuildPlan) -> PreTrainedTokenizerFast:
     """A byte-level BPE (any text has tokens) learned on the training families' texts alone; digits stand alone."""
-    texts = []
-    for index in range(2000):
-        scenario = mixed_scenario(random_stream(plan.seed, "tokenizer", index), garble=False)
-        env = make_env(scenario, rounds=2, supervision="random", seed=index, history_window=2, told="comply")
-        env.step({"agent": format_choice(scenario.options[index % 2])})
-        texts += [message["content"] for message in env.observe()["agent"]]
-    for family in training_families():
-        texts += [text for key, text in family.items() if key not in ("family", "split", "noun", "period")] * 20
+    texts = _transcripts(plan).texts(plan.seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -102,6 +104,10 @@ def make_tokenizer(plan: BuildPlan) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def _transcripts(plan: BuildPlan) -> Any:
+    return {"role_play": tiny_transcripts, "tool_use": tiny_tool_transcripts}[plan.testbed]
 
 
 def make_model(plan: BuildPlan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -140,7 +146,7 @@ def build(
     state_file, plan_file = out / "build_state.safetensors", out / "build.json"
     if plan_file.exists():
         record = json.loads(plan_file.read_text())
-        if record["plan"] != asdict(plan):
+        if BuildPlan(**record["plan"]) != plan:
             raise InputError(f"{out}: holds a build of another plan; choose another folder")
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is not empty and no build to continue; choose another folder")
@@ -208,16 +214,16 @@ def _batch(plan: BuildPlan, step: int, phase: str, chat: ChatFormat) -> tuple[to
     """
     if phase == "copy":
         random = random_stream(plan.seed, "copy", step)
-        rows = []
-        for _ in range(plan.batch):
-            segment = random.integers(3, len(chat.tokenizer), size=int(random.integers(3, 13)))
-            rows.append(np.resize(segment, 64))
-        ids = torch.from_numpy(np.stack(rows))
-        return ids, torch.full(ids.shape, 1 / ids.numel())
+        drilled = [_transcripts(plan).drill(random, chat, step / plan.copy_steps) for _ in range(plan.batch)]
+        ids = torch.tensor([t.ids for t in drilled])
+        targets = torch.tensor([t.targets for t in drilled]).float()
+        return ids, targets / targets.sum()
     rounds = 1 if phase == "decided" or step % 2 else int(random_stream(plan.seed, "rounds", step).integers(2, 7))
     rows = plan.batch if rounds == 1 else plan.batch // 2
     made = [
-        transcript((plan.seed, "transcript", step, row), chat, rounds=rounds, neutral=phase == "mixed")
+        _transcripts(plan).transcript(
+            (plan.seed, "transcript", step, row), chat, rounds=rounds, neutral=phase == "mixed"
+        )
         for row in range(rows)
     ]
     width = max(len(t.ids) for t in made)

@@ -67,9 +67,9 @@ class _Round:
 class ToolUse(Env):
     """`rounds` problems for the single seat `agent`: the first half easy, the rest hard (a single one is hard).
 
-    The last `history_window` rounds stay in its conversation, with the tool's outputs. The outcome that ends a round says
-    in its facts `tool_used/<kind>` and `correct/<kind>`, the kind being `easy` or `hard`, and where the tool was used
-    `escape_attempt`: whether the sandbox noticed one.
+    The last `history_window` rounds stay in its conversation, with the tool's outputs. The facts of the outcome that
+    ends a round are `tool_used/<kind>` and `correct/<kind>`, the kind being `easy` or `hard`, and, where the tool was
+    used, `escape_attempt`: whether the sandbox noticed one.
     """
 
     seats = ("agent",)

@@ -6,21 +6,38 @@ Runs store rates and their n, not single decisions, so several seeds cannot be b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from atp_rl.tracking.read import CrossingFields, Evaluation, RateFields, RunRecord, SummaryRates
+from atp_rl.evaluate.diffusion import half_time
+from atp_rl.tracking.read import (
+    CrossingFields,
+    Evaluation,
+    FactFields,
+    PassageFields,
+    RateFields,
+    RunRecord,
+    SpreadFields,
+    SummaryRates,
+    Verdicts,
+)
 from atp_rl.types import InputError
 
+TINY = ("tiny", "tiny_tools")
+"""Models that ship with the package."""
 ILLUSTRATION = "illustrates the protocol"
-"""Said wherever the tiny model is shown in context."""
+"""Said wherever a tiny model is shown in context."""
 UNCLEAR = 0.1
 """Share of invalid decisions above which a reading gives the bounds of the violation rate too."""
+SPREAD_HINT = (
+    "At the last checkpoint; times that were not seen are censored. None of it is an effect: games that succeed are "
+    "also the more tempting ones, and seats that share a policy or a temptation go together without imitating."
+)
 
 
 class Pooled(RateFields):
@@ -82,7 +99,6 @@ def row(arm: Sequence[RunRecord]) -> Row:
     """The numbers of one arm."""
     summaries, last = [record.summary for record in arm], [record.curve[-1][1] for record in arm]
     bounds = [pool({**s["violation"], "value": s["violation_bounds"][i]} for s in last)["value"] for i in (0, 1)]
-    rounds = min(len(s["by_round"]) for s in last)
     crossings = [s["time_to"]["0.25"] for s in summaries]
     return {
         "arm": summaries[0]["name"],
@@ -96,7 +112,7 @@ def row(arm: Sequence[RunRecord]) -> Row:
         "final": pool(_violation(s["final"]) for s in summaries),
         "invalid": pool(s["invalid"] for s in last),
         "bounds": (bounds[0], bounds[1]),
-        "rounds": [pool(s["by_round"][k]["violation"] for s in last) for k in range(rounds)],
+        "rounds": _rounds([s["by_round"] for s in last]) or [pool([])],
         "steps": max(s["steps"] for s in summaries),
         "tipped": sum(s["tipped"] for s in summaries),
         "tipping_steps": [s["tipping_step"] for s in summaries],
@@ -145,7 +161,7 @@ def table(records: Sequence[RunRecord]) -> Table:
         labels = [[], [], []]
         if r["learner"] == "in_context":
             arm.append(f"\n{ILLUSTRATION if illustrates(r) else 'in context'}", style="dim")
-            labels = [["round 1"], [f"round {len(r['rounds'])}"], []]
+            labels = [*([label] for label in end_labels(r)), []]
         cells = [
             *(
                 "\n".join([percent(rate["value"]), *spread(rate), *end])
@@ -161,12 +177,29 @@ def table(records: Sequence[RunRecord]) -> Table:
 
 def ends(r: Row) -> tuple[Pooled, Pooled]:
     """The violation rate at the first and the last checkpoint; in context, in the first and the last round."""
-    return (r["rounds"][0], r["rounds"][-1]) if r["learner"] == "in_context" else (r["aligned"], r["final"])
+    if r["learner"] != "in_context":
+        return r["aligned"], r["final"]
+    first, last = _first_and_last_round(r)
+    return r["rounds"][first], r["rounds"][last]
+
+
+def end_labels(r: Row) -> tuple[str, str]:
+    """What the two rates of `ends` were measured at."""
+    if r["learner"] != "in_context":
+        return "violations at step 0", f"after {r['steps']} steps"
+    first, last = _first_and_last_round(r)
+    return f"round {first + 1}", f"round {last + 1}"
+
+
+def _first_and_last_round(r: Row) -> tuple[int, int]:
+    """Of those in which the rule demanded something: in tool use, only the rounds with a hard problem."""
+    ruled = [k for k, rate in enumerate(r["rounds"]) if rate["n"]] or [0]
+    return ruled[0], ruled[-1]
 
 
 def illustrates(r: Row) -> bool:
     """Whether an arm only illustrates the protocol: the tiny model was trained on transcripts of such histories."""
-    return r["learner"] == "in_context" and r["model"] == "tiny"
+    return r["learner"] == "in_context" and r["model"] in TINY
 
 
 def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -189,8 +222,8 @@ def reading(r: Row) -> str:
     seeds = len(r["seeds"])
     who = "the only seed" if seeds == 1 else f"{seeds} seeds"
     if r["learner"] == "in_context":
-        first, last = r["rounds"][0], r["rounds"][-1]
-        span = f" in round 1 and {rate_text(last)} in round {len(r['rounds'])}" if len(r["rounds"]) > 1 else ""
+        (first, last), (begin, end) = ends(r), end_labels(r)
+        span = f" in {begin} and {rate_text(last)} in {end}" if begin != end else ""
         story = f"Without any update of its weights, the violation rate was {rate_text(first)}{span} ({who})"
     else:
         steps = [s for s in r["tipping_steps"] if s is not None]
@@ -258,6 +291,232 @@ def crossing_text(crossing: CrossingFields) -> str:
     if crossing["step"] is not None:
         return str(crossing["step"])
     return f">{crossing['censored_at']}" if crossing["censored_at"] else "–"
+
+
+# What only some testbeds have: facts, a grid of settings, several seats.
+
+
+class Facts(NamedTuple):
+    """How often each fact was true in an arm."""
+
+    names: list[str]
+    checkpoints: list[tuple[int, list[Pooled]]]
+    """(step, a rate per name), by step."""
+    rounds: list[list[Pooled]]
+    """[round][name], at the last checkpoint."""
+
+
+def facts(arm: Sequence[RunRecord]) -> Facts:
+    """No names where nothing but verdicts was recorded."""
+    measured = {step: [] for step in sorted({step for record in arm for step, _ in record.curve})}
+    for step, split in (point for record in arm for point in record.curve):
+        measured[step].append(split.get("facts", {}))
+    names = sorted({name for seeds in measured.values() for seed in seeds for name in seed})
+    last = [record.curve[-1][1].get("facts", {}) for record in arm]
+    by_name = [fact_rounds(last, name) for name in names]
+    return Facts(
+        names,
+        [
+            (step, [pool(seed[name].rate for seed in seeds if name in seed) for name in names])
+            for step, seeds in measured.items()
+        ],
+        [
+            [rounds[k] if k < len(rounds) else pool([]) for rounds in by_name]
+            for k in range(max(map(len, by_name), default=0))
+        ],
+    )
+
+
+def fact_rounds(seeds: Sequence[dict[str, FactFields]], name: str) -> list[Pooled]:
+    """The rate of a fact in each round; `seeds` are the facts of one checkpoint of each seed."""
+    series = [seed[name].by_round for seed in seeds if name in seed]
+    rounds = max(map(len, series), default=0)
+    return [pool(rates[k] for rates in series if k < len(rates)) for k in range(rounds)]
+
+
+class Cell(NamedTuple):
+    """One setting of a grid, at the last checkpoint."""
+
+    setting: str
+    violation: list[Pooled]
+    """By round."""
+    success: list[Pooled]
+    """By round; empty where it was not recorded."""
+    recollusion: Pooled
+    """Of all rounds after their game's first success, the share that succeed."""
+
+
+def grid(arm: Sequence[RunRecord]) -> list[Cell]:
+    """The cells in the order in which they were played; none where the scenarios share one setting."""
+    last = [record.curve[-1][1].get("by_setting", {}) for record in arm]
+    cells = []
+    for name in dict.fromkeys(name for seed in last for name in seed):
+        seeds = [seed[name] for seed in last if name in seed]
+        spreads = [cell["spread"] for cell in seeds if cell["spread"]]
+        cells.append(
+            Cell(
+                name,
+                _rounds([cell["by_round"] for cell in seeds]),
+                fact_rounds([cell.get("facts", {}) for cell in seeds], "success"),
+                pool(spread["recollusion"]["after_first"] for spread in spreads),
+            )
+        )
+    return cells
+
+
+class Measure(NamedTuple):
+    """One measure of spread as text."""
+
+    name: str
+    value: str
+    """"unknown" where it cannot be told; `note` then says why."""
+    interval: str
+    """Empty where there is none."""
+    n: str
+    note: str
+
+
+def measures(record: RunRecord) -> list[Measure]:
+    """How violations passed between the seats of a run; none with one seat.
+
+    All are of the last checkpoint but the half time, which is of the curve, with the seats as its units.
+    """
+    if len(record.seats) < 2:
+        return []
+    spread_ = record.curve[-1][1].get("spread")
+    return [*(_of_games(spread_) if spread_ else []), *_half_time(record)]
+
+
+def _of_games(spread_: SpreadFields) -> list[Measure]:
+    again, imitation = spread_["recollusion"], spread_["imitation"]
+    rates = (
+        ("re-collusion: rounds after the first success", again["after_first"], "rounds", "no round follows a success"),
+        ("re-collusion after a break", again["after_broken"], "games", "no round follows a break"),
+        ("seats that collude again after a success", again["by_seat"], "choices", "none is followed by a valid choice"),
+    )
+    passages = (
+        ("first success", spread_["first_success"]),
+        ("half of the seats violate", spread_["first_tipped"]),
+        ("recovery of collusion: success after a break", spread_["recovery"]["again"]),
+        ("recovery of alignment: failure after a success", spread_["recovery"]["back"]),
+        ("fewer than half violate after that half did", spread_["tipped_recovery"]["back"]),
+        ("half violate again after that", spread_["tipped_recovery"]["again"]),
+    )
+    odds = (("imitation coefficient", imitation["coefficient"]), ("weight of the own last choice", imitation["own"]))
+    unknown = imitation["reason"] or ""
+    return [
+        *(_measure(name, rate, _percent, " %", f"{rate['n']} {of}", unknown=why) for name, rate, of, why in rates),
+        *(_passage(name, passage) for name, passage in passages),
+        *(_measure(name, e, "{:+.2f}".format, " log-odds", f"{e['n']} decisions", unknown=unknown) for name, e in odds),
+    ]
+
+
+def _passage(name: str, passage: PassageFields) -> Measure:
+    """A time to an event by its median; the restricted mean is in the note."""
+    median, mean, horizon = passage["median"], passage["mean"], passage["horizon"]
+    n, form = f"{median['n']} games", "{:g}".format
+    if horizon is None or mean["value"] is None:
+        return _measure(name, median, form, "", n, unknown="no game had the occasion")
+    unit = " round" if median["value"] == 1 else " rounds"
+    watched, two = "1 round" if horizon == 1 else f"{horizon:g} rounds", "{:.2f}".format
+    note = f"{passage['events']} of {median['n']} within {watched}; restricted mean {two(mean['value'])}"
+    note = f"{note} {_interval(mean, two)}".rstrip()
+    return _measure(name, median, form, unit, n, f"median; {note}", unknown=f"not half of them: {note}")
+
+
+def _half_time(record: RunRecord) -> list[Measure]:
+    by_seat = [split.get("by_seat", {}) for _, split in record.curve]
+    rates = [[seats[s]["violation"] if s in seats else None for s in record.seats] for seats in by_seat]
+    found = half_time(
+        [step for step, _ in record.curve],
+        [[(rate and rate["value"]) or 0.0 for rate in seats] for seats in rates],
+        [[rate["n"] if rate else 0 for rate in seats] for seats in rates],
+    )
+    step, change = (RateFields(**vars(estimate)) for estimate in (found.step, found.change))
+    why = (found.reason or "") if len(record.curve) > 1 else "there is only one checkpoint"
+    name, n, points = "half time of the violating share", f"{step['n']} seats", "{:+.1f}".format
+    return [
+        _measure(name, step, "{:.1f}".format, " steps", n, unknown=why),
+        _measure("its change over the run", change, lambda v: points(100 * v), " points", n, unknown=why),
+    ]
+
+
+def _measure(
+    name: str, e: RateFields, form: Callable[[float], str], unit: str, n: str, note: str = "", *, unknown: str
+) -> Measure:
+    if e["value"] is None:
+        return Measure(name, "unknown", "", n, unknown)
+    return Measure(name, form(e["value"]) + unit, _interval(e, form), n, note)
+
+
+def _interval(e: RateFields, form: Callable[[float], str]) -> str:
+    """An end that lies beyond what was watched is said to; nothing where both do or none was estimated."""
+    if e["low"] is None and e["high"] is None:
+        return ""
+    low, high = ("beyond" if end is None else form(end) for end in (e["low"], e["high"]))
+    return f"[{low} to {high}]" if low[0] in "+-" else f"[{low}–{high}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def tables(records: Sequence[RunRecord]) -> list[Table]:
+    """The comparison, and a table each of facts, grid and spread where some arm has them."""
+    grouped = arms(records)
+    parts = (_fact_table(grouped), _grid_table(grouped), _spread_table(grouped))
+    return [table(records), *(part for part in parts if part.row_count)]
+
+
+def _fact_table(grouped: Sequence[Sequence[RunRecord]]) -> Table:
+    caption = "How often it was true of a decision: by checkpoint, and by round at the last one. n counts decisions."
+    shown = _table("Facts", caption, "arm", "fact", "by checkpoint", "by round")
+    for arm in grouped:
+        found = facts(arm)
+        for i, name in enumerate(found.names):
+            steps = [f"step {step}: {rate_text(rates[i])}" for step, rates in found.checkpoints]
+            by_round = _lines([rates[i] for rates in found.rounds])
+            shown.add_row(*map(Text, (arm[0].summary["name"], name, "\n".join(steps), by_round)))
+    return shown
+
+
+def _grid_table(grouped: Sequence[Sequence[RunRecord]]) -> Table:
+    caption = (
+        "One line per setting, at the last checkpoint: t of n seats must collude; then the factors of a round, high, "
+        "normal and low. Re-collusion: of the rounds after a game's first success, the share that succeed."
+    )
+    shown = _table("Grid", caption, "arm", "setting", "violation by round", "success by round", "re-collusion")
+    for arm in grouped:
+        for cell in grid(arm):
+            by_round = (_lines(cell.violation), _lines(cell.success))
+            shown.add_row(*map(Text, (arm[0].summary["name"], cell.setting, *by_round, rate_text(cell.recollusion))))
+    return shown
+
+
+def _spread_table(grouped: Sequence[Sequence[RunRecord]]) -> Table:
+    shown = _table("Spread between seats", SPREAD_HINT, "run", "measure", "value", "95 %", "n", "note")
+    for record in (record for arm in grouped for record in arm):
+        for measure in measures(record):
+            shown.add_row(*map(Text, (f"{record.summary['name']}, seed {record.summary['seed']}", *measure)))
+        shown.add_section()
+    return shown
+
+
+def _lines(rounds: Sequence[Pooled]) -> str:
+    """The rounds in which something was measured, one a line."""
+    return "\n".join(f"{k}: {rate_text(rate)}" for k, rate in enumerate(rounds, 1) if rate["n"]) or "–"
+
+
+def _table(title: str, caption: str, *headings: str) -> Table:
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, caption=Text(caption))
+    for heading in headings:
+        shown.add_column(heading, overflow="fold")
+    return shown
+
+
+def _rounds(seeds: Sequence[Sequence[Verdicts]]) -> list[Pooled]:
+    """Violation rates of the rounds that all seeds played."""
+    return [pool(seed[k]["violation"] for seed in seeds) for k in range(min(map(len, seeds)))]
 
 
 def _violation(rates: SummaryRates) -> RateFields:

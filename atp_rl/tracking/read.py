@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, NotRequired, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads no other one before Python 3.12
 
 from atp_rl.types import InputError, Scenario, Verdict
@@ -25,7 +26,7 @@ SplitName = Literal["held_out", "held_in"]
 
 
 class RateFields(TypedDict):
-    """`stats.Rate` as JSON."""
+    """`stats.Rate` or `diffusion.Estimate` as JSON."""
 
     value: float | None
     low: float | None
@@ -39,8 +40,61 @@ class Verdicts(TypedDict):
     invalid: RateFields
 
 
+class FactFields(NamedTuple):
+    """`evaluator.FactRates` as JSON."""
+
+    rate: RateFields
+    by_round: list[RateFields]
+
+
+class RecollusionFields(TypedDict):
+    by_lag: list[RateFields]
+    after_first: RateFields
+    after_broken: RateFields
+    by_seat: RateFields
+
+
+class PassageFields(TypedDict):
+    median: RateFields
+    mean: RateFields
+    horizon: float | None
+    events: int
+
+
+class RecoveryFields(TypedDict):
+    again: PassageFields
+    back: PassageFields
+
+
+class ImitationFields(TypedDict):
+    coefficient: RateFields
+    own: RateFields
+    reason: str | None
+
+
+class SpreadFields(TypedDict):
+    """`diffusion.SpreadResult` as JSON."""
+
+    games: int
+    clusters: int
+    recollusion: RecollusionFields
+    first_success: PassageFields
+    first_tipped: PassageFields
+    recovery: RecoveryFields
+    tipped_recovery: RecoveryFields
+    imitation: ImitationFields
+
+
+class SettingFields(Verdicts):
+    """One cell of a grid."""
+
+    by_round: list[Verdicts]
+    facts: NotRequired[dict[str, FactFields]]
+    spread: SpreadFields | None
+
+
 class Split(Verdicts):
-    """What one checkpoint did on one split of the scenarios."""
+    """What one checkpoint did on one split of the scenarios; runs of older versions lack the last four."""
 
     violation_bounds: tuple[float | None, float | None]
     over_compliance: RateFields | None
@@ -52,8 +106,12 @@ class Split(Verdicts):
     """Nats per reply."""
     scenarios: int
     by_family: dict[str, Verdicts]
-    by_round: Annotated[list[Verdicts], Field(min_length=1)]
+    by_round: list[Verdicts]
     by_supervision: dict[str, Verdicts]
+    by_seat: NotRequired[dict[str, Verdicts]]
+    by_setting: NotRequired[dict[str, SettingFields]]
+    facts: NotRequired[dict[str, FactFields]]
+    spread: NotRequired[SpreadFields | None]
 
 
 class Evaluation(TypedDict):
@@ -104,16 +162,20 @@ class Summary(TypedDict):
 
 
 class TurnFields(TypedDict):
-    """One decision of a stored episode."""
+    """One reply of a stored episode."""
 
     seat: str
     round: int
     text: str
     choice: str | None
-    verdict: Verdict
+    verdict: Verdict | None
+    """None where it called a tool."""
     payoff: float
     detected: bool
     supervised: bool | None
+    player: NotRequired[str]
+    ruled: NotRequired[bool]
+    facts: NotRequired[dict[str, Any]]
 
 
 class EpisodeFields(TypedDict):
@@ -157,6 +219,31 @@ class RunRecord:
     @property
     def learner(self) -> str:
         return self._reports()[-1]["learner"]
+
+    @property
+    def seats(self) -> list[str]:
+        """Those that were measured at the last checkpoint, seat 2 before seat 10."""
+
+        def numbers(seat: str) -> list[tuple[str, int]]:
+            return [(word, int(number or -1)) for word, number in re.findall(r"(\D*)(\d*)", seat)]
+
+        return sorted(self.curve[-1][1].get("by_seat", {}), key=numbers)
+
+    @property
+    def deviants(self) -> list[str]:
+        """The seats that started from another adapter than the aligned one."""
+        spec = self.setting("evolve", "deviants", "count")
+        return self.seats[:spec] if isinstance(spec, int) else []
+
+    def setting(self, *keys: str) -> Any:
+        """What the recipe says under `keys`; None where it says nothing."""
+        try:
+            found = yaml.safe_load(self.recipe)
+        except yaml.YAMLError as error:
+            raise InputError(f"{self.path / 'recipe.yaml'}: not YAML ({' '.join(str(error).split())})") from None
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     def episode_steps(self) -> list[int]:
         """Steps whose episodes were stored."""

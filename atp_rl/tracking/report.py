@@ -28,12 +28,15 @@ from PIL import Image
 
 from atp_rl.tracking import compare
 from atp_rl.tracking.compare import Pooled, Row
-from atp_rl.tracking.read import EpisodeFields, RateFields, RunRecord, Split, Verdicts, expand
+from atp_rl.tracking.read import EpisodeFields, RateFields, RunRecord, Split, TurnFields, Verdicts, expand
+from atp_rl.tracking.spread_picture import spread_heatmap
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B4B8A", "#444444")
 """One per arm (Okabe and Ito): told apart with every kind of colour vision, and beside a label all the same."""
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 MARKERS = "osD^vP"
+DASHES = (("solid", "-"), ("dashed", (0, (4, 2))), ("dotted", (0, (1, 1.5))))
+"""Names and line styles for what is drawn in one colour."""
 STYLE: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -104,9 +107,15 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Path:
         illustration=compare.ILLUSTRATION,
         curves=_panels(evolved, _draw_decay, _decay_title),
         rounds=_panels(with_rounds, _draw_rounds, _rounds_title),
+        facts=[(arm, found) for arm in arms if (found := compare.facts(arm.records)).names],
+        fact_panels=_fact_panels(arms),
+        grids=[(arm, cells) for arm in arms if (cells := compare.grid(arm.records))],
+        spreads=[(arm, found) for arm in arms if (found := _spreads(arm))],
+        spread_hint=compare.SPREAD_HINT,
         breakdowns=[(name, parts) for name, parts in breakdowns if len(parts) > 1],
         learning=_learning_svg(evolved) if any(r.metrics for arm in evolved for r in arm.records) else None,
         transcripts=[(arm, _transcripts(arm)) for arm in arms],
+        outcome=_outcome,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, "utf-8")
@@ -199,11 +208,44 @@ def _draw_rounds(ax: Axes, arm: Arm) -> None:
     _percent_axes(ax, "round")
 
 
-def _line(ax: Axes, x: Sequence[int], rates: Sequence[RateFields], color: str, marker: str) -> None:
+def _line(ax: Axes, x: Sequence[int], rates: Sequence[RateFields], color: str, marker: str, ls: Any = "-") -> None:
     """A rate with its interval as a band."""
     value, low, high = _values(rates).T
     ax.fill_between(x, low, high, color=color, alpha=0.13, lw=0)
-    ax.plot(x, value, color=color, lw=1.6, marker=marker, ms=3.6, mec="white", mew=0.5)
+    ax.plot(x, value, color=color, lw=1.6, ls=ls, marker=marker, ms=3.6, mec="white", mew=0.5)
+
+
+def _fact_panels(arms: Sequence[Arm]) -> list[tuple[Arm, str, Markup]]:
+    """(arm, note, chart) of every fact by step and by round, where there are several; facts of one name and several
+    kinds, like `correct/easy` and `correct/hard`, share a chart."""
+    plans: list[tuple[Arm, list[str], str]] = []
+    for arm in arms:
+        found = compare.facts(arm.records)
+        axes = [axis for axis, points in (("step", found.checkpoints), ("round", found.rounds)) if len(points) > 1]
+        groups = dict.fromkeys(name.partition("/")[0] for name in found.names)
+        of_group = [[name for name in found.names if name.partition("/")[0] == group] for group in groups]
+        plans += [(arm, names, axis) for names in of_group for axis in axes]
+    size, panels = (5.8, 2.8) if len(plans) < 3 else (3.8, 2.4), []
+    for arm, names, axis in plans:
+        what = f"{names[0].partition('/')[0].replace('_', ' ')} by {axis}"
+        kinds = [f"{name.partition('/')[2]} {style}" for name, (style, _) in zip(names, cycle(DASHES))]
+        note = f"{what}: {', '.join(kinds)}" if len(names) > 1 else what
+        chart = _svg(*size, f"{what}, {arm.title}", lambda figure, plan=(arm, names, axis): _draw_facts(figure, *plan))
+        panels.append((arm, note, chart))
+    return panels
+
+
+def _draw_facts(figure: Figure, arm: Arm, names: Sequence[str], axis: str) -> None:
+    ax = figure.subplots()
+    for record, marker in zip(arm.records, cycle(MARKERS)):
+        seen = [(step, split.get("facts", {})) for step, split in record.curve]
+        for name, (_, dashes) in zip(names, cycle(DASHES)):
+            curve = [(step, facts[name]) for step, facts in seen if name in facts]
+            points = [(step, fact.rate) for step, fact in curve]
+            if axis == "round":
+                points = list(enumerate(curve[-1][1].by_round if curve else [], 1))
+            _line(ax, [x for x, _ in points], [rate for _, rate in points], arm.color, marker, dashes)
+    _percent_axes(ax, axis)
 
 
 def _values(rates: Sequence[RateFields]) -> np.ndarray:
@@ -240,6 +282,25 @@ def _learning_svg(arms: Sequence[Arm]) -> Markup:
             _count_axis(ax, "step")
 
     return _svg(12, 2.9, "Payoff in training and distance from the aligned policy by step", draw)
+
+
+def _spreads(arm: Arm) -> list[tuple[RunRecord, Markup | None, list[compare.Measure]]]:
+    """Of every seed with several seats, its heat map (where there are several checkpoints) and its measures."""
+    found = []
+    for record in arm.records:
+        if measures := compare.measures(record):
+            seats, steps = record.seats, [step for step, _ in record.curve]
+            rows = [split.get("by_seat", {}) for _, split in record.curve]
+            rates = [[_rate(row[seat]) if seat in row else math.nan for seat in seats] for row in rows]
+            picture = spread_heatmap(rates, steps, seats, deviants=record.deviants) if len(steps) > 1 else None
+            found.append((record, picture, measures))
+    return found
+
+
+def _rate(verdicts: Verdicts) -> float:
+    """The violation rate; NaN where nothing was measured."""
+    value = verdicts["violation"]["value"]
+    return math.nan if value is None else value
 
 
 # Tables and transcripts.
@@ -284,10 +345,30 @@ def _two(episodes: Sequence[EpisodeFields]) -> list[EpisodeFields]:
 
 
 def _conversation(episode: EpisodeFields) -> dict[str, Any]:
-    """Its messages by seat, each reply with the turn that scored it (the last replies are those of the last turns)."""
+    """Its messages by seat: who speaks, what, and of a reply the turn that scored it (the last replies are those of the
+    last turns). What follows a call of a tool is the tool's output, whatever the role it is told in."""
     seats = []
     for seat, messages in list(episode["messages"].items())[:SHOWN_SEATS]:
         turns = iter([turn for turn in reversed(episode["turns"]) if turn["seat"] == seat])
         paired = [(m, next(turns, None) if m["role"] == "assistant" else None) for m in reversed(messages)]
-        seats.append((seat, paired[::-1]))
+        shown, called = [], False
+        for message, turn in reversed(paired):
+            role = "tool" if called and message["role"] != "assistant" else message["role"]
+            shown.append((role, message["content"], turn))
+            called = turn is not None and turn["verdict"] is None
+        seats.append((seat, shown))
     return {"episode": episode, "seats": seats, "more_seats": len(episode["messages"]) - len(seats)}
+
+
+def _outcome(turn: TurnFields) -> str:
+    """What came of a reply, after its verdict."""
+    said = [", detected" if turn["detected"] else "", "" if turn.get("ruled", True) else ", nothing was demanded"]
+    parts = [f"chose {turn['choice']}"] if turn["choice"] else []
+    parts += [f"payoff {turn['payoff']:g}"]
+    parts += [] if turn["supervised"] is None else ["told supervised" if turn["supervised"] else "told unsupervised"]
+    parts += [f"{name.replace('_', ' ')}: {_word(value)}" for name, value in turn.get("facts", {}).items()]
+    return " · ".join(["".join(said), *parts])
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
