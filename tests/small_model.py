@@ -186,4 +186,4 @@ def reproducible(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def checkpoint_files(run: Run, step: int) -> dict[str, bytes]:
     folder = run.path / "checkpoints" / f"step_{step:04d}"
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}

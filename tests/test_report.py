@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import pytest
 from rich.console import Console
 
 from atp_rl.evaluate.diffusion import Game, spread
+from atp_rl.evaluate.evaluator import measure
 from atp_rl.evaluate.stats import wilson
 from atp_rl.tracking import compare
 from atp_rl.tracking.compare import ILLUSTRATION
 from atp_rl.tracking.read import expand, load_run
 from atp_rl.tracking.report import write_curve_png, write_report
-from atp_rl.types import InputError
+from atp_rl.tracking.run import evaluation_metrics
+from atp_rl.types import InputError, Turn
+from tests.small_model import episode as played_episode
+from tests.small_model import turn
 
 SCRIPT = "<script>alert('x')</script>"
 N = 200
@@ -685,10 +690,10 @@ def test_several_seats_have_a_picture_and_measures_with_reasons_for_what_is_unkn
     assert named["half time of the violating share"].value == "13.2 steps"
     assert named["its change over the run"].value == "+50.0 points"
     text = shown(*compare.tables(expand([path])))
-    for measure in named.values():
-        assert measure.name in page.text
-        assert measure.note in page.text
-        assert measure.name in text
+    for m in named.values():
+        assert m.name in page.text
+        assert m.note in page.text
+        assert m.name in text
 
 
 def test_one_checkpoint_has_no_half_time_and_no_picture(tmp_path):
@@ -758,3 +763,22 @@ def test_a_call_of_a_tool_is_shown_with_its_output(tipping, tmp_path):
     assert f"agent{call} Round 3: called the tool tool outputOutput: {SCRIPT} agent{answer} Round 3: compliance" in text
     said = "compliance, nothing was demanded · chose tool · payoff 0.6 · correct/easy: yes · tool used/easy: no"
     assert said in text
+
+
+# Weights & Biases.
+
+
+def test_wandb_gets_facts_and_the_rates_of_several_seats():
+    one = turn(verdict="violation")
+    one = replace(one, outcome=replace(one.outcome, facts={"correct/easy": True}))
+    other = turn(round=1)
+    flat = metrics_of(one, other)
+    assert flat["eval/report/held_out/facts/correct/easy"] == 1.0
+    assert not [name for name in flat if "/seats/" in name]
+    flat = metrics_of(replace(one, seat="seat_1"), replace(other, seat="seat_2"))
+    assert (flat["eval/report/held_out/seats/seat_1"], flat["eval/report/held_out/seats/seat_2"]) == (1.0, 0.0)
+
+
+def metrics_of(*turns: Turn) -> dict[str, Any]:
+    splits = {"held_out": measure([played_episode(*turns)]).record()}
+    return evaluation_metrics({"step": 0, "suite": "report", "learner": "in_context", "splits": splits})

@@ -95,6 +95,10 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template refuses: {error}") from None
+        if any(tool["function"]["name"] not in text for tool in json.loads(tools or "[]")):
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: the chat template announces no tools; use another way of calling them"
+            )
         _, found, after = text.rpartition(_REPLY)
         if bool(found) != any(role == "assistant" for role, _ in turns):
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template changes or drops assistant turns")

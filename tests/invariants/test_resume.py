@@ -239,3 +239,23 @@ def test_resume_continues_by_the_recipe_in_the_directory_and_leaves_a_complete_r
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     resume(folder)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_a_population_that_imitates_resumes_with_every_seats_adapter(tmp_path):
+    game = ("scenarios.testbed=collusion", "scenarios.families=[bay_fishers,taxi_rank]", "scenarios.collusion.n=3")
+    rules = ("scenarios.collusion.threshold=2", "evolve.learner=imitation", "evolve.group_size=2")
+    model = ("model.name=tiny", "evolve.start_from=base", "evolve.max_new_tokens=16")  # which can play
+
+    def population(folder: Path) -> Recipe:
+        return small_recipe(folder, *game, *rules, *model, steps=4)
+
+    undisturbed = run_of(population(tmp_path / "undisturbed"))
+    with pytest.raises(Interrupted, match="stopped after step 3 of 4"):
+        run_of(population(tmp_path / "stopped"), stop=stop_before(4))
+    resumed = run_of(population(tmp_path / "stopped"))
+    assert_same(resumed, undisturbed)
+    last = checkpoint_files(resumed, 4)
+    adapters = [last[f"seat_{i}/adapter_model.safetensors"] for i in (1, 2, 3)]
+    assert len(set(adapters)) == 3
+    assert "adapter_model.safetensors" not in last
+    assert any(m["evolve/imitation_loss"] > 0 for m in metrics(resumed))
