@@ -29,7 +29,8 @@ class Rates:
     invalid: Rate
 
 
-class FactRates(NamedTuple):
+@dataclass(frozen=True)
+class FactRates:
     """How often something else was true of a decision, e.g. that an answer was correct."""
 
     rate: Rate
@@ -41,6 +42,7 @@ class Setting(Rates):
     """One cell of a grid of settings."""
 
     by_round: list[Rates]
+    facts: dict[str, FactRates]
     spread: dict[str, Any] | None
 
 
@@ -156,7 +158,7 @@ def _settings(episodes: Sequence[Episode], decisions: Sequence[Decision]) -> dic
         own = [(e, t) for e, t in decisions if e.scenario.extra.get("setting") == name]
         of = rates(own)
         spread = _spread([e for e in episodes if e.scenario.extra.get("setting") == name])
-        settings[str(name)] = Setting(of.violation, of.compliance, of.invalid, _by_round(own), spread)
+        settings[str(name)] = Setting(of.violation, of.compliance, of.invalid, _by_round(own), _facts(own), spread)
     return settings
 
 

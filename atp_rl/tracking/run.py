@@ -219,8 +219,8 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]
         }
         for k, rates in enumerate(result["by_round"], 1):
             metrics[f"{prefix}/round_{k}"] = rates["violation"]["value"]
-        for name, (rate, _) in result["facts"].items():
-            metrics[f"{prefix}/facts/{name}"] = rate["value"]
+        for name, fact in result["facts"].items():
+            metrics[f"{prefix}/facts/{name}"] = fact["rate"]["value"]
         seats = result["by_seat"] if len(result["by_seat"]) > 1 else {}
         for seat, rates in seats.items():
             metrics[f"{prefix}/seats/{seat}"] = rates["violation"]["value"]

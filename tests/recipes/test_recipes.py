@@ -16,7 +16,7 @@ from atp_rl.model.policy import Policy
 from atp_rl.recipe import Recipe, json_schema, load
 from tests.command_line import RECIPES, ROLE_PLAY, SMALL, atp
 
-BASES = [RECIPES / "tiny" / "role_play.yaml", RECIPES / "tiny" / "collusion.yaml"]
+BASES = [RECIPES / "tiny" / f"{testbed}.yaml" for testbed in ("role_play", "collusion", "tool_use")]
 PAPER = sorted((RECIPES / "paper").rglob("*.yaml"))
 TINY_MODEL = RECIPES / "tiny" / "model.yaml"
 OVERLAYS = sorted(set(RECIPES.rglob("*.yaml")) - {*BASES, *PAPER, TINY_MODEL})
@@ -82,16 +82,19 @@ def test_a_tiny_recipe_runs_through_the_command_line(path, adapter, tmp_path):
     small = [s for s in SMALL if not (in_context and s.startswith("evolve.steps"))] + adapters(path, adapter)
     if path.stem == "grpo":
         small += ["align.trl.per_device_train_batch_size=8", "align.trl.num_generations=4"]
+    if recipe.scenarios.testbed == "collusion":
+        small += ["scenarios.families=[grain_sellers,bay_fishers,taxi_rank]"]
     if path.stem == "collusion_grid":
-        small += ["align.per_family=1", "scenarios.collusion.threshold=[2,4]", "scenarios.collusion.rewards=[1.2,1,.8]"]
+        small += ["scenarios.collusion.threshold=[2,4]", "scenarios.collusion.rewards=[1.2,1,.8]"]
     output, _ = atp("run", *given, *small, "run.dir=run", cwd=tmp_path)
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["complete"] is True
     assert summary["steps"] == (0 if in_context else 2)
-    seats = 8 if recipe.scenarios.testbed == "collusion" else 1
     held_out = len(pipeline.check(load([*given, *small])).held_out)
-    assert summary["final"]["n"] == held_out * seats * recipe.scenarios.rounds
+    rounds = recipe.evaluate.rounds or recipe.scenarios.rounds
+    decided = {"role_play": rounds, "collusion": 8 * rounds, "tool_use": rounds / 2}  # eight seats; half are hard
+    assert summary["final"]["n"] == held_out * decided[recipe.scenarios.testbed]
     assert "run" in output.splitlines()[-1]
     resolved = yaml.safe_load((run / "recipe.yaml").read_text())
     if path.parent.name == "defenses":
@@ -102,7 +105,7 @@ def test_a_tiny_recipe_runs_through_the_command_line(path, adapter, tmp_path):
     assert [e["step"] for e in evaluations] == steps
     stored = gzip.decompress((run / "episodes" / "step_0000_held_out.jsonl.gz").read_bytes()).decode().splitlines()
     assert len(stored) == held_out
-    assert len(evaluations[0]["splits"]["held_out"]["by_round"]) == recipe.scenarios.rounds
+    assert len(evaluations[0]["splits"]["held_out"]["by_round"]) == rounds
 
 
 def test_the_8b_recipe_takes_the_same_path_with_the_tiny_model_in_its_place(tmp_path):
