@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from atp_rl.defenses import Defense
 from atp_rl.evolve.loop import evolve
 from atp_rl.evolve.setup import (
     evaluate_suites,
+    evaluation_play,
     learning_seats,
     load_policy,
     lora_config,
@@ -50,7 +51,8 @@ def check(recipe: Recipe) -> Suites:
     if recipe.align is None and recipe.evolve is None:
         raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
-    _check_environments(recipe, suites)
+    _check_testbed(recipe, suites)
+    seats = _check_environments(recipe, suites)
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
@@ -67,7 +69,13 @@ def check(recipe: Recipe) -> Suites:
             if type(defense).on_prompt is Defense.on_prompt:
                 raise InputError(f"`defenses`: {spec.name} changes nothing where no weights are updated; leave it out")
     if recipe.evolve and recipe.evolve.learner in POPULATIONS:
-        _check_population(recipe, suites)
+        _check_population(recipe, seats)
+    elif recipe.evolve and recipe.evolve.learner != "in_context" and len({len(each) for each in seats["train"]}) > 1:
+        raise InputError(
+            f"`evolve.learner`: {recipe.evolve.learner} learns from groups of one size, so all training scenarios need "
+            f"equally many seats that learn; here are {_counts(seats['train'])}; set `scenarios.collusion.n`, or leave "
+            "scenarios out"
+        )
     if recipe.evolve:
         for reward in recipe.evolve.rewards:
             if reward not in reward_models.REWARD_MODELS:
@@ -76,38 +84,62 @@ def check(recipe: Recipe) -> Suites:
     return suites
 
 
-def _check_environments(recipe: Recipe, suites: Suites) -> None:
-    """Whether every suite's environments can be built, and their tools run."""
-    world, aligns = recipe.scenarios, recipe.align is not None and recipe.align.adapter is None
-    rounds = recipe.evaluate.rounds or world.rounds
-    for scenarios, played in ((suites.held_out, rounds), (suites.train, world.rounds), (suites.align, aligns)):
-        if scenarios and played:
+def _check_testbed(recipe: Recipe, suites: Suites) -> None:
+    """Whether the scenarios of a file are of the recipe's testbed, by which the run is named and compared."""
+    world = recipe.scenarios
+    found = sorted({scenario.testbed for suite in vars(suites).values() for scenario in suite})
+    if (world.paper or world.file) and found != [world.testbed]:
+        fix = f"set scenarios.testbed={found[0]}" if len(found) == 1 else "give each testbed a file of its own"
+        raise InputError(f"{world.paper or world.file}: its scenarios are of {' and '.join(found)}; {fix}")
+
+
+def _check_environments(recipe: Recipe, suites: Suites) -> dict[str, set[tuple[str, ...]]]:
+    """By suite, the seats that learn in it; raises InputError unless every environment can be built, and its tools run.
+
+    Alignment's scenarios are built only where it trains.
+    """
+    world, align = recipe.scenarios, recipe.align
+    aligns = align is not None and align.adapter is None
+    rounds = dict.fromkeys(("gate", "held_in", "held_out"), recipe.evaluate.rounds or world.rounds)
+    rounds |= {"train": world.rounds} | ({"align": align.rounds} if align and aligns else {})
+    seats: dict[str, set[tuple[str, ...]]] = {}
+    tools = False
+    for name, played in rounds.items():
+        seats[name] = set()
+        for scenario in getattr(suites, name):
             env = make_env(
-                scenarios[0],
-                rounds=int(played),
+                scenario,
+                rounds=played,
                 supervision="all_unsupervised",
                 seed=0,
                 history_window=world.history_window,
             )
-            if env.runs_tools:
-                Sandbox.find()
-    if aligns and recipe.align and recipe.align.method == "grpo" and suites.align[0].extra.get("calling") == "template":
+            tools |= env.runs_tools
+            seats[name].add(tuple(seat for seat in env.seats if seat not in env.frozen))
+    if tools:
+        Sandbox.find()
+    if align and aligns and align.method == "grpo" and suites.align[0].extra.get("calling") == "template":
         raise InputError("`align.method`: TRL's GRPO does not announce our tool; use dpo, or the calling json")
-    if aligns and recipe.align and recipe.align.rounds > 1 and suites.align[0].testbed == "tool_use":
+    if align and aligns and align.rounds > 1 and suites.align[0].testbed == "tool_use":
         raise InputError("`align.rounds`: pairs of tool use are of one round, its first reply; set it to 1")
+    return seats
 
 
-def _check_population(recipe: Recipe, suites: Suites) -> None:
+def _check_population(recipe: Recipe, seats: Mapping[str, set[tuple[str, ...]]]) -> None:
     settings = settings_of(recipe)
-    every = [*suites.train, *suites.gate, *suites.held_in, *suites.held_out]
-    seats = {learning_seats(scenario, training_play(recipe)) for scenario in every}
-    if len(seats) > 1 or len(next(iter(seats))) < 2:
+    every = set().union(*(seats[name] for name in ("train", "gate", "held_in", "held_out")))
+    count = len(next(iter(every)))
+    if len(every) > 1 or count < 2:
         raise InputError(
             f"`evolve.learner`: {settings.learner} has one adapter a seat, so all scenarios need the same seats, and "
-            f"more than one; here are {' and '.join(sorted(str(len(each)) for each in seats))}"
+            f"more than one; here are {_counts(every)}"
         )
-    if settings.deviants and settings.deviants.count >= len(next(iter(seats))):
-        raise InputError(f"`evolve.deviants.count`: must leave an aligned seat among the {len(next(iter(seats)))}")
+    if settings.deviants and settings.deviants.count >= count:
+        raise InputError(f"`evolve.deviants.count`: must leave an aligned seat among the {count}")
+
+
+def _counts(seats: Collection[tuple[str, ...]]) -> str:
+    return " and ".join(str(count) for count in sorted({len(each) for each in seats}))
 
 
 def _adapters(recipe: Recipe) -> list[Path]:
@@ -253,7 +285,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
         overrides: of the run's recipe, e.g. `evaluate.rounds=6` or `scenarios.allowed=true`.
 
     Raises:
-        InputError: no such checkpoint, or none at all.
+        InputError: no such checkpoint, or none at all; other seats than those of the run's population.
     """
     run = Run.open(path)
     recipe = load([str(path / "recipe.yaml"), *overrides])
@@ -262,9 +294,18 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     folders = {str(int(folder.name.removeprefix("step_"))): folder for folder in run.checkpoint_folders()}
     if checkpoint != "all" and checkpoint not in folders:
         raise InputError(f"{path}: no checkpoint {checkpoint!r}; there are: {', '.join(folders) or 'none'}")
-    own = load([str(path / "recipe.yaml")]).scenarios
-    other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.paper, own.file)
+    own = load([str(path / "recipe.yaml")])
+    other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.scenarios.paper, own.scenarios.file)
     suites = suites_of(recipe, trained_on=_learns(recipe) and not other_file)
+    if recipe.evolve.learner in POPULATIONS and recipe.scenarios != own.scenarios:
+        trained = learning_seats(suites_of(own).held_out[0], training_play(own))
+        played = {learning_seats(s, evaluation_play(recipe)) for s in (*suites.held_in, *suites.held_out)}
+        if played != {trained}:
+            changed = " ".join([o for o in overrides if o.startswith("scenarios")] or overrides)
+            raise InputError(
+                f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
+                f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
+            )
     policy = load_policy(recipe, _anchor(recipe, run), suites)
     sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}

@@ -1,6 +1,8 @@
 """Threshold games: what is paid, who is caught, what a seat reads, and the paper's files."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,15 @@ def test_detected_collusion_pays_nothing_less_the_fine():
     assert column(outcomes, "payoff", env.seats)[1] == pytest.approx([-0.65, 0.14, 0.3, 0.3])
     assert column(outcomes, "detected", env.seats) == [[True, True, False, False], [True, False, False, False]]
     assert column(outcomes, "verdict", env.seats)[0] == ["violation", "violation", "compliance", "compliance"]
+
+
+def test_a_debt_is_not_multiplied():
+    env = env_of(one(**RULES), rounds=3, supervision={"probability": 1.0, "fine": 5.0})
+    outcomes = play(env, ["ccii", "iicc", "iicx"])
+    # two are caught and owe 4; a success and a failure then pay them nothing, where a negative capital would shrink
+    assert column(outcomes, "payoff", env.seats)[:2] == [[-5.0, -5.0, 0.5, 0.5], [0.0, 0.0, -5.0, -5.0]]
+    assert column(outcomes, "payoff", env.seats)[2] == pytest.approx([0.0, 0.0, -5.0, 0.0])
+    assert [env.capital[seat] for seat in env.seats] == pytest.approx([-4.0, -4.0, -8.5, -3.5])
 
 
 @pytest.mark.parametrize("spec", [{}, {"success": "collective"}, {"reward_mode": "additive"}, {"threshold": 8}])
@@ -241,6 +252,16 @@ def test_a_grid_has_every_cell_once():
     assert len({s.id for s in cells}) == 8
 
 
+@pytest.mark.parametrize("first", [0, 100_000])
+def test_names_and_order_are_balanced_over_the_cells_of_a_grid(first):
+    sets = [[1.2, 1.0, 0.8], [1.2, 1.0, 0.2], [1.2, 1.0, 0.6], [1.4, 1.0, 0.8], [1.8, 1.0, 0.8]]
+    spec = {"testbed": "collusion", "per_family": 1, "first_index": first, "threshold": [2, 4, 6, 8], "rewards": sets}
+    cells = load(spec)
+    combinations = Counter((s.family, s.extra["tempting"][-1], s.options[0] == s.extra["tempting"]) for s in cells)
+    assert len({s.extra["setting"] for s in cells}) == 20
+    assert combinations == {(f["family"], a, first): 5 for f in families() for a in "AB" for first in (True, False)}
+
+
 def test_at_least_eight_games_and_two_of_them_held_out():
     splits = [family["split"] for family in families()]
     assert splits.count("train") >= 8
@@ -263,6 +284,31 @@ def test_at_least_eight_games_and_two_of_them_held_out():
 def test_a_game_that_cannot_be_played_is_refused(game, key):
     with pytest.raises(InputError, match=key):
         check_game(game)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"rewards": []}, "`rewards.0`: field required"),
+        ({"rewards": [[]]}, "`rewards.0`: field required"),
+        ({"rewards": [1.4, 1.0]}, "`rewards.2`: field required"),
+        ({"rewards": [1.4, 1.0, 0.8, 0.6]}, "`rewards`: tuple should have at most 3 items"),
+        ({"rewards": [[1.4, 1.0, 0.8], 1.2]}, "`rewards`: input should be a valid array"),
+        ({"rewards": "high"}, "`rewards`: input should be a valid array"),
+        ({"rewards": [1.4, "1", 0.8]}, "`rewards.1`: input should be a valid number"),
+        ({"rewards": [math.inf, 1.0, 0.8]}, "`rewards.0`: input should be a finite number"),
+        ({"threshold": []}, "`threshold`: an empty list"),
+        ({"threshold": [2, "4"]}, "`threshold`: input should be a valid integer, got '4'"),
+        ({"n": "8"}, "`n`: input should be a valid integer, got '8'"),
+        ({"n": True}, "`n`: input should be a valid integer"),
+        ({"success": "most"}, "`success`: input should be 'all' or 'collective', got 'most'"),
+        ({"peer_history": "some"}, "`peer_history` must be full"),
+    ],
+)
+def test_wrong_rules_are_refused(rules, message):
+    with pytest.raises(InputError) as caught:
+        one(**rules)
+    assert str(caught.value).startswith(f"scenarios.collusion: {message}")
 
 
 def test_game_keys_are_refused_for_other_testbeds():
@@ -327,8 +373,36 @@ def test_a_question_file_plays_as_it_is(tmp_path):
     env = env_of(first)
     said = dict.fromkeys(env.seats, '{"choice": share water}')
     assert env.step(said)["seat_1"].payoff == pytest.approx(0.5)
-    with pytest.raises(InputError, match="item 0: its text states n, threshold and rewards"):
-        load({"paper": path, "threshold": 4})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n", 8), ("threshold", 4), ("rewards", [1.4, 1, 0.8]), ("reward_mode", "additive")]
+)
+def test_rules_that_a_question_states_are_refused(key, value, tmp_path):
+    with pytest.raises(InputError, match=f"item 0: the text of a question states its rules; leave out {key}$"):
+        load({"paper": written(tmp_path, [QUESTION]), key: value, "fixed": 1})
+
+
+def test_a_question_takes_the_rules_that_its_text_does_not_state(tmp_path):
+    given = {"peer_history": "full", "success": "collective", "fixed": 1, "fixed_as": "aligned"}
+    (scenario,) = load({"paper": written(tmp_path, [QUESTION]), **given})
+    assert vars(game_of(scenario)) == {
+        **vars(game_of(load({"paper": written(tmp_path, [QUESTION])})[0])),
+        **given,
+    }
+
+
+def test_given_rules_overrule_those_of_the_file_and_no_others(tmp_path):
+    path = written(tmp_path, [TEMPLATE])
+    (scenario,) = load({"paper": path, "peer_history": "full"})
+    assert game_of(scenario) == Game(n=6, threshold=3, rewards=(1.5, 1.0, 0.5), peer_history="full")
+    sets = [[1.5, 1.0, 0.5], [1.2, 1.0, 0.8]]
+    cells = load({"paper": path, "threshold": [2, 6], "rewards": sets})
+    assert [(game_of(s).n, game_of(s).threshold, [*game_of(s).rewards]) for s in cells] == [
+        (6, t, r) for r in sets for t in (2, 6)
+    ]
+    with pytest.raises(InputError, match=r"item 0, scenarios\.collusion over `params`: `threshold` must be"):
+        load({"paper": path, "threshold": 7})
 
 
 @pytest.mark.parametrize(
@@ -337,6 +411,17 @@ def test_a_question_file_plays_as_it_is(tmp_path):
         (lambda item: item.pop("environment"), "`environment` must be str"),
         (lambda item: item["template"].pop("system_prompt"), "`template.system_prompt` must be str"),
         (lambda item: item["template"].update(user_prompt_mult="{nobody}"), "`template.user_prompt_mult` has a place"),
+        (lambda item: item["template"].update(system_prompt="{n.__class__}"), "`template.system_prompt` has a place"),
+        (lambda item: item["template"].update(system_prompt="{n[0]}"), "nothing fills: {n[0]}"),
+        (lambda item: item["template"].update(system_prompt="{n:>999999999}"), "nothing fills: {n:>999999999}"),
+        (lambda item: item["template"].update(system_prompt="{n!r}"), "nothing fills: {n!r}"),
+        (lambda item: item["template"].update(system_prompt="{}"), "nothing fills: {}"),
+        (lambda item: item["template"].update(system_prompt="a { b"), "nothing fills: {; known: {n}, "),
+        (lambda item: item["template"].pop("format_example"), "`template.format_example` must be str"),
+        (lambda item: item["template"].pop("question"), "`template.question` must be str"),
+        (lambda item: item.pop("template"), "neither a game (which needs environment, template, params), nor"),
+        (lambda item: item["params"].update(high_reward=math.nan), "`params.high_reward` must be a number, got nan"),
+        (lambda item: item["params"].update(high_reward=math.inf), "`params.high_reward` must be a number, got inf"),
         (lambda item: item["params"].update(n="six"), "`params.n` must be a number, got 'six'"),
         (lambda item: item["params"].update(n=6.5), "`params.n` must be a whole number"),
         (lambda item: item["params"].update(low_reward=2), "field `params`: `rewards` must be high >= normal > low"),
@@ -352,14 +437,30 @@ def test_a_wrong_item_names_item_and_field(tmp_path, change, field):
     assert field in str(caught.value)
 
 
-def test_a_question_without_a_choice_names_the_field(tmp_path):
-    wrong = {key: value for key, value in QUESTION.items() if key != "independent_choice"}
-    with pytest.raises(InputError, match="item 0: field `independent_choice` must be str"):
+@pytest.mark.parametrize(
+    ("left_out", "missing"),
+    [
+        (["independent_choice"], "independent_choice"),
+        (["cooperative_choice", "independent_choice"], "cooperative_choice"),
+        (["question"], "question"),
+        (["format_example"], "format_example"),
+    ],
+)
+def test_a_question_that_lacks_a_field_names_it(left_out, missing, tmp_path):
+    wrong = {key: value for key, value in QUESTION.items() if key not in left_out}
+    with pytest.raises(InputError, match=f"item 0: field `{missing}` must be str"):
         load({"paper": written(tmp_path, [wrong])})
 
 
+def test_a_role_play_item_says_how_to_answer(tmp_path):
+    item = dict.fromkeys(["system_prompt", "supervised_text", "unsupervised_text", "neutral_text"], "...")
+    item |= {"id": "a", "environment": "e", "user_prompt": "Choose.", "supervised_choice": "x", "better_choice": "y"}
+    with pytest.raises(InputError, match="item 0: field `format_example` must be str"):
+        load({"paper": written(tmp_path, [item | {"params": {"low_reward": 1, "high_reward": 2}}])})
+
+
 def test_rules_of_a_game_are_refused_for_a_role_play_file(tmp_path):
-    with pytest.raises(InputError, match="item 0: a role-play scenario has no n, threshold and rewards"):
+    with pytest.raises(InputError, match="item 0: a role-play scenario is no game; leave out threshold"):
         load({"paper": written(tmp_path, [{"id": 1}]), "threshold": 2})
 
 

@@ -100,6 +100,47 @@ def test_errors_name_file_item_and_field(file, text, message):
     assert str(caught.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("unit", [0, -1, "2", True, None, float("nan"), float("inf"), 10**400])
+def test_a_payoff_unit_that_is_none_is_refused(unit):
+    with pytest.raises(InputError, match=r"scenario 'own/0': `extra\.payoff_unit` must be a finite number > 0"):
+        checked([replace(SCENARIO, extra={**SCENARIO.extra, "payoff_unit": unit})], "file")
+    assert checked([replace(SCENARIO, extra={**SCENARIO.extra, "payoff_unit": 3})], "file")[0].payoff_unit == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": "8"}, "`n`: input should be a valid integer, got '8'"),
+        ({"n": 8.5}, "`n`: input should be a valid integer"),
+        ({"rewards": ["1.4", 1.1, 0.8]}, "`rewards.0`: input should be a valid number"),
+        ({"rewards": [1.4, 1.1]}, "`rewards.2`: field required"),
+        ({"rewards": [float("inf"), 1.1, 0.8]}, "`rewards.0`: input should be a finite number"),
+        ({"treshold": 3}, "`treshold`: unexpected keyword argument"),
+        ({"threshold": 9}, "`threshold` must be between 1 and n = 8"),
+    ],
+)
+def test_the_rules_of_a_game_are_read_strictly(change, message, file):
+    (made,) = load({"testbed": "collusion", "families": ["bay_fishers"], "per_family": 1})
+    wrong = asdict(made)
+    wrong["extra"]["game"] |= change
+    path = file(json.dumps(wrong), "games.jsonl")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: scenario {made.id!r}: `extra.game`: {message}")
+
+
+@pytest.mark.parametrize("keys", [{"threshold": 4}, {"tool_cost": 0.2}, {"n": 4, "calling": "json"}])
+def test_a_file_states_its_own_rules(keys, file):
+    path = file("")
+    with pytest.raises(InputError, match=f"states its own rules; leave out {', '.join(keys)}$"):
+        load({"file": path, **keys})
+
+
+def test_a_file_of_the_paper_has_no_tools(file):
+    with pytest.raises(InputError, match="the paper's files have no tool_cost; leave that out"):
+        load({"paper": file("[]", "paper.json"), "tool_cost": 0.2})
+
+
 def test_unknown_fields_are_refused_in_jsonl_too(file):
     line = json.dumps(asdict(SCENARIO) | {"payofs": {}})
     with pytest.raises(InputError, match="line 2: `payofs`: a scenario has no such field"):

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers.utils import logging as transformers_logging
 
 from atp_rl.model.chat import ChatFormat
+from atp_rl.model.mixture import BASE, mixture
 from atp_rl.types import InputError
 
 TINY = "tiny"
@@ -159,10 +160,10 @@ class Policy:
             with torch.no_grad(), self.model.disable_adapter():
                 yield self.model
 
-    def mixed(self, players: Sequence[str]) -> dict[str, list[str]]:
-        """What a forward takes beside its inputs so that row i goes through the adapter `players[i]`."""
-        aligned = ALIGNED if self.has_aligned else "__base__"  # PEFT's word for no adapter
-        return {"adapter_names": [aligned if player == ALIGNED else player for player in players]}
+    def mixed(self, players: Sequence[str]) -> AbstractContextManager[None]:
+        """While inside, row i of a forward goes through the adapter `players[i]`."""
+        aligned = ALIGNED if self.has_aligned else BASE
+        return mixture(self.model, [aligned if player == ALIGNED else player for player in players])
 
     def _activate(self, adapters: tuple[str, ...]) -> None:
         # PEFT makes whatever it activates trainable, so what does not learn is activated in inference mode
@@ -205,16 +206,12 @@ class Policy:
     def _acted_logits(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        one = isinstance(players, str)
-        with self.using(players) if one else nullcontext(self.model) as model:
-            return acted_logits(
-                model,
-                rows,
-                acted,
-                pad_id=self.chat.pad_id,
-                device=self.device,
-                mixture={} if one else self.mixed(players),
-            )
+        where: dict[str, Any] = {"pad_id": self.chat.pad_id, "device": self.device}
+        if isinstance(players, str):
+            with self.using(players) as model:
+                return acted_logits(model, rows, acted, **where)
+        with self.mixed(players):
+            return acted_logits(self.model, rows, acted, **where)
 
     def state(self) -> dict[str, Tensor]:
         """The weights of the live adapter in PEFT's own names; in a population with `<seat>/` before them."""
@@ -327,19 +324,15 @@ def acted_logits(
     *,
     pad_id: int,
     device: torch.device,
-    mixture: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones.
-
-    `mixture`: what `Policy.mixed` says of rows with different adapters; empty where one is active for all.
-    """
+    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones."""
     width = max(map(len, rows))
     # right padding: attention is causal, so no real token ever sees a pad and no attention mask is needed
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
     kept = sorted({position - 1 for positions in acted for position in positions})
     column = {position: i for i, position in enumerate(kept)}
     positions = torch.tensor(kept, device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions, **mixture).logits
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
     most = max(map(len, acted))
     where = [[column[p - 1] for p in positions] + [0] * (most - len(positions)) for positions in acted]
     tokens = [

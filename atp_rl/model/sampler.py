@@ -216,15 +216,16 @@ class _Read(Cache):
         positions = positions.to(self.device)
         later = torch.arange(used, device=self.device) > positions.unsqueeze(-1)
         one = len(set(self.players)) == 1
-        output = model(
-            input_ids=ids.to(self.device),
-            attention_mask=torch.where(later, float("-inf"), 0.0).to(model.dtype).unsqueeze(1),  # [B, 1, T, used]
-            position_ids=positions,
-            past_key_values=self,
-            use_cache=True,
-            logits_to_keep=0 if all_logits else 1,
-            **({} if one else self.policy.mixed([self.players[row] for row in rows])),
-        )
+        players = [self.players[row] for row in rows]
+        with nullcontext() if one else self.policy.mixed(players):
+            output = model(
+                input_ids=ids.to(self.device),
+                attention_mask=torch.where(later, float("-inf"), 0.0).to(model.dtype).unsqueeze(1),  # [B, 1, T, used]
+                position_ids=positions,
+                past_key_values=self,
+                use_cache=True,
+                logits_to_keep=0 if all_logits else 1,
+            )
         for row, added in zip(rows, tokens, strict=True):
             self.sequences[row] = (*self.sequences[row], *added)
         return output.logits

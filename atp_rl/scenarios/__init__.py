@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_rl.scenarios import collusion, files, role_play, tool_use
-from atp_rl.scenarios.collusion import Collusion, Game, check_game
+from atp_rl.scenarios.collusion import Collusion, Game
 from atp_rl.scenarios.env import Env, random_stream
 from atp_rl.scenarios.openspiel import MatrixGame
 from atp_rl.scenarios.paper import read_paper
@@ -56,30 +56,39 @@ def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     Args:
         spec: a path of a file of scenarios (the same as `{"file": path}`), or a mapping with
 
-            - `paper`: path of a data file of the paper, or `file`: path of a JSONL or YAML file; or else
+            - `paper`: path of a data file of the paper, or `file`: path of a JSONL or YAML file, which states its own
+              rules; or else
             - `testbed`: "role_play" (default), "collusion" or "tool_use", whose shipped families are sampled:
             - `split`: "train" or "held_out"; both when left out,
             - `families`: names of families; all when left out,
             - `per_family`: scenarios per family (default 8), and per cell of a grid,
-            - `first_index`: index of the first one (default 0); disjoint ranges give disjoint scenarios,
+            - `first_index`: index of the first one (default 0), from which the cells of a grid count on, so that names
+              and orders are counterbalanced over them; disjoint ranges give disjoint scenarios,
             - `seed`: of the amounts, names and orders (default 0);
             - `allowed`: true for the over-compliance control, where the rule allows either option;
             - the fields of `collusion.Game`: `n`, `threshold`, `rewards` and so on. Of `threshold` and `rewards`
-              there may be several, in a list: the scenarios are then those of the whole grid;
+              there may be several, in a list: the scenarios are then those of the whole grid. With `paper` they
+              overrule the rules of the file's games, and those of a question as far as its text does not state them;
             - of tool use, `problems` ("reasoning_gym" by default, "sums" or "gsm8k"), `tool_cost` and `calling`.
 
     Raises:
-        InputError: unknown key, testbed, split or family; unreadable, malformed or empty file.
+        InputError: unknown key, testbed, split or family; rules that are none, or not of this testbed or file;
+            unreadable, malformed or empty file.
     """
     if isinstance(spec, str | Path):
         spec = {"file": spec}
     if unknown := set(spec) - {*SPEC_KEYS, *GAME_KEYS, *TOOL_KEYS}:
         raise InputError(f"scenarios: unknown key {_with_hint(min(unknown), (*SPEC_KEYS, *GAME_KEYS, *TOOL_KEYS))}")
     allowed = bool(spec.get("allowed", False))
-    games = _games({key: spec[key] for key in GAME_KEYS if spec.get(key) is not None})
+    rules, tools = ({key: spec[key] for key in keys if spec.get(key) is not None} for keys in (GAME_KEYS, TOOL_KEYS))
     if spec.get("paper"):
-        return [role_play.allow(s) if allowed else s for s in read_paper(Path(spec["paper"]), games)]
+        if tools:
+            raise InputError(f"{spec['paper']}: the paper's files have no {', '.join(tools)}; leave that out")
+        return [role_play.allow(s) if allowed else s for s in read_paper(Path(spec["paper"]), rules)]
     if spec.get("file"):
+        if rules or tools:
+            given = ", ".join([*rules, *tools])
+            raise InputError(f"{spec['file']}: a scenario file states its own rules; leave out {given}")
         scenarios = files.read_scenarios(Path(spec["file"]))
         for scenario in scenarios:
             _check_testbed(scenario, f"{spec['file']}: ")
@@ -97,7 +106,6 @@ def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     split = spec.get("split")
     if split not in (None, "train", "held_out"):
         raise InputError(f"scenarios: unknown split {_with_hint(split, ('train', 'held_out'))}")
-    tools = {key: spec[key] for key in TOOL_KEYS if spec.get(key) is not None}
     source: Any = own.get(testbed, role_play)
     families = source.families() if testbed in own else _families(testbed, tools.pop("problems", None))
     shipped: dict[str, Any] = {family["family"]: family for family in families}
@@ -112,8 +120,8 @@ def load(spec: Mapping[str, Any] | str | Path) -> list[Scenario]:
     indices = range(first, first + count)
     if testbed == "collusion":
         return [
-            collusion.generate(family=family, index=index, seed=seed, game=game, allowed=allowed)
-            for game in games or [Game()]
+            collusion.generate(family=family, index=index + cell * count, seed=seed, game=game, allowed=allowed)
+            for cell, game in enumerate(collusion.grid(rules, "scenarios.collusion"))
             for family in chosen
             for index in indices
         ]
@@ -136,22 +144,6 @@ def _families(testbed: str, problems: str | None) -> Sequence[Mapping[str, Any]]
             raise InputError(f"scenarios: unknown set of problems {_with_hint(problems, SETS)}")
         return tool_use.families(problems or "reasoning_gym")
     return collusion.families() if testbed == "collusion" else role_play.families()
-
-
-def _games(rules: Mapping[str, Any]) -> list[Game] | None:
-    """The games of a grid; None where a spec says nothing about games."""
-    if not rules:
-        return None
-    thresholds, sets = rules.get("threshold", Game.threshold), rules.get("rewards", Game.rewards)
-    thresholds = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
-    sets = sets if isinstance(sets[0], list | tuple) else [sets]
-    if wrong := [rewards for rewards in sets if len(rewards) != 3]:
-        raise InputError(f"scenarios: `rewards` must be [high, normal, low], got {wrong[0]}")
-    rest = {key: value for key, value in rules.items() if key not in ("threshold", "rewards")}
-    games = collusion.grid(Game(**rest), thresholds, [(r[0], r[1], r[2]) for r in sets])
-    for game in games:
-        check_game(game, "scenarios.collusion")
-    return games
 
 
 def make_env(

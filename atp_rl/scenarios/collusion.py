@@ -8,15 +8,16 @@ change of the seat's capital, which starts at 1.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.scenarios.env import Env, random_stream
@@ -33,6 +34,8 @@ PEER_HISTORY = re.compile(r"full|final|counts|none|delayed\((\d+)\)")
 class Game:
     """The rules of a threshold game, whatever its story."""
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
     n: int = 8
     """Seats."""
     threshold: int = 4
@@ -40,7 +43,8 @@ class Game:
     rewards: tuple[float, float, float] = (1.4, 1.1, 0.8)
     """Factors of a round: high (success), normal (independent in a failure), low (collective in a failure)."""
     reward_mode: Literal["multiplicative", "additive"] = "multiplicative"
-    """A factor multiplies the capital, or a round adds (factor - 1) x the starting capital."""
+    """A factor multiplies the capital (a debt, which fines can make, grows by none), or a round adds (factor - 1) x the
+    starting capital."""
     success: Literal["all", "collective"] = "all"
     """Who gets `high` when the collusion succeeds; independent seats get `normal` if only collective ones do."""
     peer_history: str = "counts"
@@ -55,6 +59,24 @@ class Game:
     def setting(self) -> str:
         """The cell of the paper's grid."""
         return f"t={self.threshold} of {self.n}, {'/'.join(f'{r:g}' for r in self.rewards)}"
+
+
+_GAME = TypeAdapter(Game)
+
+
+def read_game(rules: Any, where: str) -> Game:
+    """A game that can be played from its fields as JSON has them, or InputError that says `where` and names the field.
+
+    By way of JSON, because there strict still takes a list for a tuple.
+    """
+    try:
+        game = _GAME.validate_json(json.dumps(rules, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "game"
+        raise InputError(f"{where}: `{field}`: {first['msg'].lower()}, got {first['input']!r}") from None
+    check_game(game, where)
+    return game
 
 
 def check_game(game: Game, where: str = "collusion") -> None:
@@ -143,7 +165,7 @@ class Collusion(Env):
                 factor = high
             else:
                 factor = low if choice == collective else normal
-            before = self.capital[seat] if self.game.reward_mode == "multiplicative" else START
+            before = max(0.0, self.capital[seat]) if self.game.reward_mode == "multiplicative" else START
             payoffs[seat] = before * (factor - 1)
             violates = choice == collective and self.scenario.rule == independent
             detected[seat] = violates and seat in self.watch and self.watch[seat].would_detect[k]
@@ -209,24 +231,16 @@ def _title(seat: str) -> str:
 
 def game_of(scenario: Scenario) -> Game:
     """The rules that a scenario carries in `extra["game"]`."""
-    fields: dict[str, Any] = dict(scenario.extra["game"])
-    fields["rewards"] = tuple(fields["rewards"])
-    return Game(**fields)
+    return read_game(scenario.extra["game"], f"scenario {scenario.id!r}: `extra.game`")
 
 
 def check(scenario: Scenario) -> str | None:
     """What is wrong with a collusion scenario beyond what every scenario must hold; None if it can be played."""
     try:
-        check_game(_GAME.validate_python(scenario.extra.get("game")), "extra.game")
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"`{'.'.join(map(str, ('extra', 'game', *first['loc'])))}`: {first['msg'].lower()}"
+        read_game(scenario.extra.get("game"), "`extra.game`")
     except InputError as error:
         return str(error)
     return None
-
-
-_GAME = TypeAdapter(Game)
 
 
 @cache
@@ -302,6 +316,21 @@ def rules(game: Game, collective: str, independent: str) -> dict[str, Any]:
     }
 
 
-def grid(game: Game, thresholds: Sequence[int], rewards: Sequence[tuple[float, float, float]]) -> list[Game]:
-    """A game for every threshold and reward set: the paper's grid is {2, 4, 6, 8} x five sets."""
-    return [replace(game, threshold=t, rewards=r) for r in rewards for t in thresholds]
+def grid(rules: Mapping[str, Any], where: str, own: Game = Game()) -> list[Game]:
+    """The games of `rules`, which overrule those of `own`; one for each of several thresholds and reward sets.
+
+    The paper's grid is {2, 4, 6, 8} x five sets.
+
+    Raises:
+        InputError: says `where` and names the field.
+    """
+    thresholds, rewards = rules.get("threshold", own.threshold), rules.get("rewards", own.rewards)
+    thresholds = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
+    several = isinstance(rewards, list | tuple) and rewards and isinstance(rewards[0], list | tuple)
+    if not thresholds:
+        raise InputError(f"{where}: `threshold`: an empty list; give a number, or several in a list")
+    return [
+        read_game({**vars(own), **rules, "threshold": t, "rewards": r}, where)
+        for r in (rewards if several else [rewards])
+        for t in thresholds
+    ]

@@ -113,6 +113,9 @@ def checked(scenarios: list[Scenario], path: Path | str) -> list[Scenario]:
             raise InputError(f"{where}: `payoffs` must name exactly the options {list(scenario.options)}")
         if not all(map(math.isfinite, scenario.payoffs.values())):
             raise InputError(f"{where}: `payoffs` must be finite, got {dict(scenario.payoffs)}")
+        unit = scenario.extra.get("payoff_unit", 1)
+        if not isinstance(unit, int | float) or isinstance(unit, bool) or not 0 < unit <= 1e300:
+            raise InputError(f"{where}: `extra.payoff_unit` must be a finite number > 0, got {unit!r}; or leave it out")
         if scenario.payoff_unit <= 0:
             raise InputError(f"{where}: the largest of `payoffs` must be positive, got {dict(scenario.payoffs)}")
         if scenario.rule is not None and scenario.rule not in scenario.options:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from atp_rl import pipeline, recipe
 from atp_rl.cli import main
 from atp_rl.model.policy import TINY, Policy
-from atp_rl.scenarios import load
+from atp_rl.scenarios import load, make_env
 from atp_rl.scenarios.files import write_jsonl
 from atp_rl.tracking.run import Run
+from atp_rl.types import InputError
 from tests import small_model
 from tests.command_line import ROLE_PLAY, atp
 
@@ -201,6 +203,88 @@ def test_a_file_of_the_paper_that_is_wrong(items, expected, refused):
     message = refused(*run("scenarios.paper=paper.json"))
     for part in ["paper.json", *expected]:
         assert part in message
+
+
+# -- what the scenarios of a run must have in common --------------------------------------------------------------
+
+
+TINY_RECIPES = Path(ROLE_PLAY).parent
+COLLUSION = str(TINY_RECIPES / "collusion.yaml")
+QUIET = ["track.wandb=disabled", "run.dir=run"]
+
+
+def questions(seats: list[int]) -> None:
+    """Writes a question file of the paper: three families, whose items have so many seats in turn."""
+    params = {"cooperation_threshold": 2, "high_reward": 1.5, "normal_reward": 1, "low_reward": 0.5}
+    texts = dict.fromkeys(["question", "system_prompt", "user_prompt", "format_example"], "...")
+    items = [
+        {"environment": f"well {i % 3}", "cooperative_choice": "share", "independent_choice": "keep", **texts}
+        | {"params": params | {"n": seats[i % len(seats)]}}
+        for i in range(24)
+    ]
+    Path("paper.json").write_text(json.dumps(items))
+
+
+def test_a_file_of_another_testbed(refused):
+    questions([4])
+    message = refused(*run("scenarios.paper=paper.json"))
+    assert "paper.json: its scenarios are of collusion; set scenarios.testbed=collusion" in message
+
+
+def test_a_file_of_several_testbeds(refused):
+    both = [*load({"per_family": 4}), *load({"testbed": "collusion", "per_family": 4})]
+    write_jsonl(both, Path("mine.jsonl"))
+    message = refused(*run("scenarios.file=mine.jsonl"))
+    assert "mine.jsonl: its scenarios are of collusion and role_play; give each testbed a file of its own" in message
+
+
+@pytest.mark.parametrize("learner", ["policy_gradient", "population", "imitation"])
+def test_training_games_of_different_sizes(learner, refused):
+    questions([4, 4, 4, 6, 6, 6])
+    settings = ["scenarios.paper=paper.json", "scenarios.collusion=null", f"evolve.learner={learner}"]
+    message = refused("run", COLLUSION, *QUIET, *settings)
+    assert f"`evolve.learner`: {learner}" in message
+    assert "here are 4 and 6" in message
+
+
+def test_a_scenario_with_too_few_problems_is_found_wherever_it_is(refused):
+    spec = {"testbed": "tool_use", "problems": "sums", "per_family": 4}
+    write_jsonl(load(spec), Path("mine.jsonl"))
+    lines = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
+    lines[-1]["extra"]["problems"] = lines[-1]["extra"]["problems"][-1:]
+    Path("mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = ["scenarios.file=mine.jsonl", "scenarios.tool_use=null", "scenarios.rounds=4"]
+    message = refused("run", TINY_RECIPES / "tool_use.yaml", *QUIET, *settings)
+    assert f"scenario {lines[-1]['id']!r}: 4 rounds need 2 easy and 2 hard problems; it has 0 and 1" in message
+
+
+def test_every_environment_is_built_once_with_the_rounds_that_it_is_played_with(monkeypatch):
+    built = []
+
+    def recorded(scenario, *, rounds, **played):
+        built.append((scenario.id, rounds))
+        return make_env(scenario, rounds=rounds, **played)
+
+    monkeypatch.setattr(pipeline, "make_env", recorded)
+    suites = pipeline.check(recipe.load([ROLE_PLAY, "scenarios.rounds=4", "evaluate.rounds=2", "align.rounds=3"]))
+    rounds = {"train": 4, "align": 3, "gate": 2, "held_in": 2, "held_out": 2}
+    assert sorted(built) == sorted((s.id, n) for name, n in rounds.items() for s in getattr(suites, name))
+
+
+@pytest.mark.parametrize("override", ["scenarios.collusion.n=4", "scenarios.collusion.fixed=1"])
+def test_a_population_is_not_measured_on_other_seats(override, refused, monkeypatch):
+    Path("run/checkpoints/step_0001").mkdir(parents=True)
+    trained = recipe.load([COLLUSION, str(TINY_RECIPES / "population.yaml")])
+    Path("run/recipe.yaml").write_text(recipe.dump(trained))
+    message = refused("evaluate", "run", "--set", "evaluate.rounds=2", "--set", override)
+    assert f"`{override}`: the population has an adapter for each of 8 seats" in message
+    assert f"have {4 if 'n=4' in override else 7} that learn" in message
+
+    def reached(*_):
+        raise InputError("the same seats")
+
+    monkeypatch.setattr(pipeline, "load_policy", reached)
+    assert "the same seats" in refused("evaluate", "run", "--set", "scenarios.collusion.peer_history=none")
 
 
 # -- adapters and run directories ------------------------------------------------------------------------------------
