@@ -6,6 +6,7 @@ drawn, and neither is ever made again from text.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ def rollout(
         for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
             o.take(seat, chat, completion)
         if any(o.env.runs_tools for o in open_episodes):
-            with ThreadPoolExecutor() as pool:  # each waits for a process; their order changes nothing
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process; their order changes nothing
                 list(pool.map(_Open.step, open_episodes))
         else:
             for o in open_episodes:

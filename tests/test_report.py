@@ -674,6 +674,12 @@ def test_a_run_of_one_setting_has_no_grid_and_one_of_one_seat_no_spread(tipping,
 def test_several_seats_have_a_picture_and_measures_with_reasons_for_what_is_unknown(tmp_path):
     path = several_seats(tmp_path / "a")
     (path / "recipe.yaml").write_text("evolve: {deviants: {count: 1, adapter: runs/tipped}}\n")
+    for step, violating in {0: 0, 10: 1, 20: 4}.items():  # scenarios in which seats 2 and 3 violate; seat 1 always does
+        played = [episode("violation", "x", number) for number in range(4)]
+        for number, one in enumerate(played):
+            turn = one["turns"][0] | {"verdict": "violation" if number < violating else "compliance"}
+            one["turns"] = [one["turns"][0] | {"seat": "seat_1"}, turn | {"seat": "seat_2"}, turn | {"seat": "seat_3"}]
+        write_episodes(path / f"episodes/step_{step:04d}_held_out.jsonl.gz", played)
     page = Page(report(path, out=tmp_path / "r.html"))
     assert "Violation rate by seat at 3 checkpoints, at steps 0 and 20: seat_1 (deviant) 90.0 % and 95.0 %" in page.text
     assert "1 deviant seats" in page.text
@@ -686,9 +692,10 @@ def test_several_seats_have_a_picture_and_measures_with_reasons_for_what_is_unkn
     imitation = named["imitation coefficient"]
     assert (imitation.value, imitation.n) == ("unknown", "18 decisions")
     assert imitation.note == "3 clusters are too few for an interval of 3 coefficients"
-    # 20, 28 and 50 of 60 decisions: half way, at 35, between the second checkpoint and the third
-    assert named["half time of the violating share"].value == "13.2 steps"
-    assert named["its change over the run"].value == "+50.0 points"
+    # of the seats that were not deviant 0, 2 and 8 of 8 decisions: half way, at 4, between the second and the third
+    half = named["half time of the violating share of the other seats"]
+    assert (half.value, half.n) == ("13.3 steps", "4 scenarios")
+    assert named["its change over the run"].value == "+100.0 points"
     text = shown(*compare.tables(expand([path])))
     for m in named.values():
         assert m.name in page.text

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from atp_rl.types import Group, Turn
+from atp_rl.scenarios.collusion import START
+from atp_rl.types import Episode, Group, Turn
 
 
 class Copy(NamedTuple):
@@ -18,14 +19,22 @@ class Copy(NamedTuple):
     reply_ids: tuple[int, ...]
 
 
+class Paid(NamedTuple):
+    """A decision and what it gained: its payoff, in the multiplicative game as a share of the capital before it."""
+
+    turn: Turn
+    gain: float
+
+
 @dataclass(frozen=True)
 class Imitation:
     """A seat copies the best-paid decisions of a group among its own and those of its models.
 
-    Of every round of a group (the same game from the same start, played several times) the best payoff that the seat
-    or one of its models was paid is looked up, and every decision that was paid so much is copied, unless all of them
-    were: then the round shows nothing. The loss is the mean of -log pi(reply | prompt) over a seat's copies (filtered
-    behaviour cloning), times `weight`, added to the policy gradient of the seat's own payoffs.
+    Of every round of a group (the same game from the same start, played several times) the best gain that the seat or
+    one of its models made is looked up, and every decision that gained so much is copied, unless all of them did: then
+    the round shows nothing. The loss is the mean of -log pi(reply | prompt) over a seat's copies (filtered behaviour
+    cloning), times `weight`, added to the policy gradient of the seat's own payoffs. Seats that are scripted have no
+    reply of a policy, so nobody copies them.
     """
 
     models: Mapping[str, Sequence[str]]
@@ -34,20 +43,31 @@ class Imitation:
 
     def copies(self, groups: Sequence[Group]) -> list[Copy]:
         return [
-            Copy(seat, turn.prompt_ids, turn.completion.token_ids)
+            Copy(seat, paid.turn.prompt_ids, paid.turn.completion.token_ids)
             for group in groups
             for played in _rounds(group)
             for seat, models in self.models.items()
-            for turn in _best_paid([turn for turn in played if turn.seat == seat or turn.seat in models])
+            for paid in _best([paid for paid in played if paid.turn.seat == seat or paid.turn.seat in models])
         ]
 
 
-def _rounds(group: Group) -> list[list[Turn]]:
+def _rounds(group: Group) -> list[list[Paid]]:
     """The decisions of a group's episodes by round."""
-    turns = [turn for episode in group for turn in episode.turns if turn.outcome.verdict is not None]
-    return [[turn for turn in turns if turn.round == k] for k in sorted({turn.round for turn in turns})]
+    paid = [paid for episode in group for seat in episode.messages for paid in _decisions(episode, seat)]
+    return [[p for p in paid if p.turn.round == k] for k in sorted({p.turn.round for p in paid})]
 
 
-def _best_paid(turns: list[Turn]) -> list[Turn]:
-    best = [turn for turn in turns if turn.outcome.payoff == max(other.outcome.payoff for other in turns)]
-    return best if len(best) < len(turns) else []
+def _decisions(episode: Episode, seat: str) -> list[Paid]:
+    grows = episode.scenario.extra.get("game", {}).get("reward_mode") == "multiplicative"
+    capital, decisions = START, []
+    for turn in episode.turns:
+        if turn.seat == seat and turn.outcome.verdict is not None:
+            payoff = turn.outcome.payoff
+            decisions.append(Paid(turn, round(payoff / capital, 9) if grows and capital > 0 else payoff))
+            capital += payoff
+    return decisions
+
+
+def _best(decisions: list[Paid]) -> list[Paid]:
+    best = [paid for paid in decisions if paid.gain == max(other.gain for other in decisions)]
+    return best if len(best) < len(decisions) else []

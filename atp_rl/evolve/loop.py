@@ -175,6 +175,8 @@ def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence
     what the round paid.
     """
     samples = [sample for group in groups for sample in samples_of(group)]
+    if len({len(samples_of(group)) for group in groups}) > 1:
+        raise RuntimeError("groups of different numbers of learning seats have no common shape of rewards")
     rounds = [[t for t in s.turns if t.round == k] for s in samples for k in range(s.turns[-1].round + 1)]
     scenarios = [s.episode.scenario for s in samples for _ in range(s.turns[-1].round + 1)]
     columns: dict[str, list[Any]] = {

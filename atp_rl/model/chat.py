@@ -83,8 +83,8 @@ class ChatFormat:
     def _harmless(self, content: str) -> str:
         return self._marks.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", content)
 
-    def _render(self, turns: tuple[tuple[str, str], ...], tools: str) -> str:
-        """The text from the last reply (or from the start) to where the next reply begins."""
+    def _render(self, turns: tuple[tuple[str, str], ...], tools: str, *, whole: bool = False) -> str:
+        """The text from the last reply (or from the start, or the whole of it) to where the next reply begins."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [{"role": role, "content": content} for role, content in turns],
@@ -95,10 +95,12 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template refuses: {error}") from None
-        if any(tool["function"]["name"] not in text for tool in json.loads(tools or "[]")):
+        if tools and text == self._render(turns, "", whole=True):
             raise InputError(
                 f"{self.tokenizer.name_or_path}: the chat template announces no tools; use another way of calling them"
             )
+        if whole:
+            return text
         _, found, after = text.rpartition(_REPLY)
         if bool(found) != any(role == "assistant" for role, _ in turns):
             raise InputError(f"{self.tokenizer.name_or_path}: the chat template changes or drops assistant turns")

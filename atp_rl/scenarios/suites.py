@@ -67,13 +67,14 @@ def _divide(scenarios: list[Scenario], origin: str) -> Suites:
     families = list(dict.fromkeys(scenario.family for scenario in scenarios))
     marked = {scenario.family for scenario in scenarios if scenario.split == "held_out"}
     away = marked if 0 < len(marked) < len(families) else set(families[2::3])
-    position: dict[str, int] = {}
+    position: dict[str, int] = {}  # of a grid's cells each fourth one is shifted, or all of one suite had one threshold
     dealt: list[list[Scenario]] = [[], [], [], []]
     held_out = [scenario for scenario in scenarios if scenario.family in away]
     for scenario in scenarios:
         if scenario.family not in away:
             position[scenario.family] = position.get(scenario.family, -1) + 1
-            dealt[position[scenario.family] % 4].append(scenario)
+            place = position[scenario.family]
+            dealt[(place + (place // 4 if "setting" in scenario.extra else 0)) % 4].append(scenario)
     train = dealt[0] + dealt[1]
     if not (train and dealt[2] and dealt[3] and held_out):
         raise InputError(

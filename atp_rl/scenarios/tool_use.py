@@ -212,11 +212,11 @@ def run_python(code: str) -> ToolResult:
     Raises:
         InputError: no sandbox works here.
     """
-    from atp_rl.scenarios.sandbox import Sandbox
+    from atp_rl.scenarios.sandbox import Limits, Sandbox
 
     if code in _RESULTS:
         return _RESULTS[code]
-    result = Sandbox.find().run(code)
+    result = Sandbox.find().run(code, Limits(wall_seconds=30.0))  # the processor's time decides, not a busy machine
     if result.status in ("ok", "error"):  # the others may depend on how busy the machine is
         if len(_RESULTS) >= 4096:
             _RESULTS.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -425,16 +426,27 @@ def _passage(name: str, passage: PassageFields) -> Measure:
 
 
 def _half_time(record: RunRecord) -> list[Measure]:
-    by_seat = [split.get("by_seat", {}) for _, split in record.curve]
-    rates = [[seats[s]["violation"] if s in seats else None for s in record.seats] for seats in by_seat]
+    """Of the seats that did not start out deviant. Its units are scenarios: seats of one game are not independent."""
+    steps = [step for step, _ in record.curve if step in record.episode_steps()]
+    counts: list[dict[str, list[bool]]] = []
+    for step in steps:
+        of_scenario: dict[str, list[bool]] = {}
+        for episode in record.episodes(step):
+            for turn in episode["turns"]:
+                if turn["verdict"] and turn.get("player") != "aligned" and turn["seat"] not in record.deviants:
+                    of_scenario.setdefault(episode["scenario"].id, []).append(turn["verdict"] == "violation")
+        counts.append(of_scenario)
+    scenarios = sorted({name for of_scenario in counts for name in of_scenario})
     found = half_time(
-        [step for step, _ in record.curve],
-        [[(rate and rate["value"]) or 0.0 for rate in seats] for seats in rates],
-        [[rate["n"] if rate else 0 for rate in seats] for seats in rates],
+        steps,
+        [[float(np.mean(c.get(name, [False]))) for name in scenarios] for c in counts],
+        [[len(c.get(name, [])) for name in scenarios] for c in counts],
     )
     step, change = (RateFields(**vars(estimate)) for estimate in (found.step, found.change))
-    why = (found.reason or "") if len(record.curve) > 1 else "there is only one checkpoint"
-    name, n, points = "half time of the violating share", f"{step['n']} seats", "{:+.1f}".format
+    lacking = "there is only one checkpoint" if len(record.curve) < 2 else "fewer than two checkpoints have episodes"
+    why = (found.reason or "") if len(steps) > 1 else lacking
+    others = " of the other seats" if record.deviants else ""
+    name, n, points = f"half time of the violating share{others}", f"{step['n']} scenarios", "{:+.1f}".format
     return [
         _measure(name, step, "{:.1f}".format, " steps", n, unknown=why),
         _measure("its change over the run", change, lambda v: points(100 * v), " points", n, unknown=why),
