@@ -362,7 +362,7 @@ def test_real_code_is_run_once_a_process_in_the_sandbox(monkeypatch):
     ran = []
 
     class Fake:
-        def run(self, code):
+        def run(self, code, limits):
             ran.append(code)
             return ToolResult("", "timeout" if "while" in code else "ok", False, 0.0)
 

@@ -78,6 +78,11 @@ def eight_adapters(policy: Policy, work: Work) -> Played:
     return Played(*seats.play(HFSampler(_population())))
 
 
+def one_adapter(policy: Policy, work: Work) -> Played:
+    """One model with one adapter that plays all seats, as in self-play and in context."""
+    return Played(*seats.play(HFSampler(policy), population=False))
+
+
 @cache
 def _copies() -> dict[str, Policy]:
     return seats.eight_copies()
@@ -134,6 +139,7 @@ def measure(repeats: int, report: Callable[[str], None]) -> list[dict[str, Any]]
         [
             Row(seats_work(), "eight copies of the model, one conversation at a time", eight_copies),
             Row(seats_work(), "eight adapters on one model, atp_rl.rollout", eight_adapters),
+            Row(seats_work(), "one adapter for all seats, atp_rl.rollout", one_adapter),
         ],
     ]
     for row in (row for rows in tables for row in rows):

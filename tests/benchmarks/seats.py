@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ def eight_copies() -> dict[str, Policy]:
     return {seat: Policy.load(TINY, lora=LORA, seed=0) for seat in SEATS}
 
 
-def play(sampler: Any) -> tuple[int, int, int]:
+def play(sampler: Any, *, population: bool = True) -> tuple[int, int, int]:
     """Decisions, tokens, invalid decisions of one round of all games."""
-    played = rollout(games(), sampler, PLAY, group_size=1, seed=(0,))
+    played = rollout(games(), sampler, replace(PLAY, population=population), group_size=1, seed=(0,))
     turns = [turn for episode in played.episodes for turn in episode.turns]
     return len(turns), played.tokens, sum(turn.outcome.verdict == "invalid" for turn in turns)
 
@@ -104,7 +105,8 @@ def main(way: str) -> None:
         play(HFSampler(eight_adapters()))
     else:
         play(CopiesSampler(eight_copies()))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status").read_text()  # getrusage would report the parent's peak after a fork
+    print(1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]))
 
 
 class _AnySeat:
