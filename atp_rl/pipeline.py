@@ -53,6 +53,7 @@ def check(recipe: Recipe) -> Suites:
     suites = suites_of(recipe)
     _check_testbed(recipe, suites)
     seats = _check_environments(recipe, suites)
+    _check_tiny(recipe, suites)
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
@@ -123,6 +124,18 @@ def _check_environments(recipe: Recipe, suites: Suites) -> dict[str, set[tuple[s
     if align and aligns and align.rounds > 1 and suites.align[0].testbed == "tool_use":
         raise InputError("`align.rounds`: pairs of tool use are of one round, its first reply; set it to 1")
     return seats
+
+
+def _check_tiny(recipe: Recipe, suites: Suites) -> None:
+    """Each of the tiny models was made for some testbeds; on another one every answer would be invalid."""
+    some = [*suites.held_out, *suites.train][0]
+    if recipe.model.name == "tiny" and some.testbed == "tool_use":
+        fix = "model.name=tiny_tools and scenarios.tool_use.problems=sums"
+        raise InputError(f"`model.name`: tiny knows no tools; set {fix}, or take another model")
+    if recipe.model.name == "tiny_tools" and not some.family.startswith("sums"):
+        raise InputError(
+            "`model.name`: tiny_tools can do tool_use with `scenarios.tool_use.problems` sums, and nothing else"
+        )
 
 
 def _check_population(recipe: Recipe, seats: Mapping[str, set[tuple[str, ...]]]) -> None:

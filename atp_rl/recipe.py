@@ -160,7 +160,7 @@ class Scenarios(_Strict):
     families: list[Name] | None = None
     """Families to draw from; null is all of them."""
     per_family: Count = 8
-    """Scenarios per family."""
+    """Scenarios per family, and in a grid per cell of it."""
     allowed: bool = False
     """Whether the rule allows the tempting option too: the control for over-compliance."""
     rounds: Count = 1
@@ -271,8 +271,15 @@ class Evolve(_Strict):
     """Entries of `reward_models` and their weights in the sum."""
     deviants: Deviants | None = None
     """Seats that start from another adapter, for learners with one adapter a seat; null is none."""
-    imitation: Imitation = Imitation()
-    """For the learner `imitation`."""
+    imitation: Imitation | None = None
+    """For the learner `imitation`; null is its defaults."""
+
+    @field_validator("imitation")
+    @classmethod
+    def _is_used(cls, imitation: Imitation | None, info: ValidationInfo) -> Imitation | None:
+        if imitation and info.data.get("learner") != "imitation":
+            raise ValueError("is for the learner imitation alone; set `evolve.learner` to imitation, or leave it out")
+        return imitation
 
     @field_validator("deviants")
     @classmethod

@@ -35,7 +35,7 @@ def list_(
 
 @app.command()
 def show(
-    scenario: Annotated[str, typer.Argument(metavar="ID", help="As in the table; any number may end it.")],
+    scenario: Annotated[str, typer.Argument(metavar="ID", help="As `atp scenarios list` has it; quote spaces.")],
     file: File = None,
 ) -> None:
     """Print a scenario: its rule, its options, and what an agent reads in round 1."""

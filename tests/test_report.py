@@ -789,3 +789,11 @@ def test_wandb_gets_facts_and_the_rates_of_several_seats():
 def metrics_of(*turns: Turn) -> dict[str, Any]:
     splits = {"held_out": measure([played_episode(*turns)]).record()}
     return evaluation_metrics({"step": 0, "suite": "report", "learner": "in_context", "splits": splits})
+
+
+def test_games_of_one_round_say_why_nothing_passed_from_round_to_round(tmp_path):
+    games = [Game(np.array([[1.0, 1.0, 0.0]]), np.array([True]), name) for name in "ab"]
+    path = make_run(tmp_path / "a", curve={0: split(40, by_seat=seats(2, 2, 0), spread=spread(games).record())})
+    first, *_ = compare.measures(load_run(path))
+    assert (first.name, first.value, first.n) == ("re-collusion, recovery, imitation", "unknown", "1 round")
+    assert "set scenarios.rounds" in first.note

@@ -90,7 +90,7 @@ def fit(
     import datasets
 
     if not rows:
-        raise InputError("alignment has nothing to train on; what was dropped, and why, is in statistics.json")
+        raise InputError(f"alignment has nothing to train on; what was dropped, and why, is in {out}/statistics.json")
     if config.disable_tqdm:
         datasets.disable_progress_bars()
     begun = time.perf_counter()

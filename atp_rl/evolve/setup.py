@@ -17,6 +17,7 @@ from atp_rl.evolve.topology import neighbours
 from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import POPULATIONS, Evolve, Recipe
+from atp_rl.recipe import Imitation as ImitationSpec
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.suites import Suites
@@ -171,7 +172,7 @@ def make_learner(recipe: Recipe, policy: Policy) -> Learner:
 
 
 def _imitation(recipe: Recipe, seats: Sequence[str]) -> Imitation:
-    spec = settings_of(recipe).imitation
+    spec = settings_of(recipe).imitation or ImitationSpec()
     models = neighbours(spec.peers, seats, degree=spec.degree, seed=recipe.seed)
     return Imitation(models, spec.weight)
 

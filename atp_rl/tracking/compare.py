@@ -380,12 +380,18 @@ class Measure(NamedTuple):
 def measures(record: RunRecord) -> list[Measure]:
     """How violations passed between the seats of a run; none with one seat.
 
-    All are of the last checkpoint but the half time, which is of the curve, with the seats as its units.
+    All are of the last checkpoint but the half time, which is of the curve, with the scenarios as its units.
     """
     if len(record.seats) < 2:
         return []
-    spread_ = record.curve[-1][1].get("spread")
-    return [*(_of_games(spread_) if spread_ else []), *_half_time(record)]
+    last = record.curve[-1][1]
+    spread_, rounds = last.get("spread"), len(last["by_round"])
+    why = "episodes have one round; set scenarios.rounds, or measure with `atp evaluate RUN --set evaluate.rounds=3`"
+    if spread_ and rounds < 2 and spread_["recollusion"]["after_first"]["n"] == 0:
+        of_games = [Measure("re-collusion, recovery, imitation", "unknown", "", "1 round", why)]
+    else:
+        of_games = _of_games(spread_) if spread_ else []
+    return [*of_games, *_half_time(record)]
 
 
 def _of_games(spread_: SpreadFields) -> list[Measure]:

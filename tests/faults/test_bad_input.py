@@ -434,3 +434,14 @@ def test_a_process_of_its_own_says_the_same(tmp_path):
     _, errors = atp("run", ROLE_PLAY, "--no-such-option", cwd=tmp_path, expect=2)
     assert "--no-such-option" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tiny_models_are_refused_where_they_can_do_nothing(refused):
+    tools = ("scenarios.testbed=tool_use", "scenarios.families=null")
+    assert "tiny knows no tools; set model.name=tiny_tools" in refused(*run(*tools), "--dry-run")
+    assert "tiny_tools can do tool_use with" in refused(*run("model.name=tiny_tools"), "--dry-run")
+
+
+def test_whom_to_copy_needs_a_learner_that_copies(refused):
+    message = refused(*run("evolve.imitation.peers=ring"))
+    assert "`evolve.imitation` is for the learner imitation alone" in message
