@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,11 +68,18 @@ def run_demo(out: Path, *, workers: int) -> None:
         _atp("align", out / "align", [ROLE_PLAY], [], threads=workers)
     start = f"evolve.start_from={out / 'align' / 'aligned'}"
 
+    ended = threading.Event()
+
     def play(member: Member) -> None:
         folder = out / member.folder
         overrides = [start, f"seed={member.seed}", f"run.name={member.arm}"]
-        if not (folder / "summary.json").exists():
+        if ended.is_set() or (folder / "summary.json").exists():
+            return
+        try:
             _atp("evolve", folder, [ROLE_PLAY, *member.overlays], overrides, threads=1)
+        except BaseException:
+            ended.set()  # before the thread that waits for this one learns of it, the next one would start
+            raise
 
     with ThreadPoolExecutor(workers) as pool, progress(len(MEMBERS), "demo") as report:
         report(0, "evolving")
