@@ -40,7 +40,7 @@ def _parsed(entry: str) -> Snippet:
 
 
 _TEXT = r"""
-### fork bomb | timeout | escape
+### fork bomb | timeout output | escape
 import os
 while True:
     try:
