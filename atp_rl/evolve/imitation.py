@@ -69,5 +69,6 @@ def _decisions(episode: Episode, seat: str) -> list[Paid]:
 
 
 def _best(decisions: list[Paid]) -> list[Paid]:
-    best = [paid for paid in decisions if paid.gain == max(other.gain for other in decisions)]
+    most = max((paid.gain for paid in decisions), default=0.0)
+    best = [paid for paid in decisions if paid.gain == most]
     return best if len(best) < len(decisions) else []
