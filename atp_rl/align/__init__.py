@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 
+from atp_rl import ranks
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
 from atp_rl.align.trainer import Metrics, trl_config
@@ -61,7 +62,8 @@ def run_alignment(
         InputError: a bad option of TRL (before anything is sampled), no pair at all, or a training that led nowhere.
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
-    print(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
+    say = print if ranks.is_first() else lambda *_, **__: None
+    say(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
     policy = Policy.load(base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking)
     preferences = make_pairs(
         scenarios,
@@ -77,10 +79,11 @@ def run_alignment(
     gc.collect()  # the trainer loads its own copy of the base
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(preferences.pairs, out / "pairs.jsonl")
-    (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
-    print(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
+    if ranks.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(preferences.pairs, out / "pairs.jsonl")
+        (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
+    say(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
     train, rows = {
         "sft": (sft.train, preferences.pairs),
         "dpo": (dpo.train, preferences.pairs),

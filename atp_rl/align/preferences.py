@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atp_rl import ranks
 from atp_rl.align.conversation import SIDES, Conversation, best_paid_option
 from atp_rl.scenarios import Supervision, Told
 from atp_rl.types import InputError, Sampler, SamplingParams, Scenario
@@ -45,7 +46,7 @@ def make_pairs(
 
     A conversation goes on with one of its two answers, picked by a coin, so that later prompts hold mixed histories; it
     ends where one is missing. All open prompts share one batched `generate` a try; every draw depends on (seed,
-    scenario id, round, side, try) alone.
+    scenario id, round, side, try) alone. Ranks share the asking.
 
     Args:
         rounds, supervision, history_window: as in `make_env`.
@@ -63,9 +64,8 @@ def make_pairs(
             ]
             if not open_asks:
                 break
-            completions = sampler.generate(
-                [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks], sampling
-            )
+            chats = [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks]
+            completions = ranks.gather(sampler.generate(ranks.share(chats), sampling))
             for (talk, told), completion in zip(open_asks, completions, strict=True):
                 counts[told].update(talk.take(told, completion))
         for talk in talks:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from atp_rl import ranks
 from atp_rl.model.policy import adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
 from atp_rl.tracking.progress import Report, progress, silent
@@ -114,7 +115,7 @@ def fit(
     before = hash_tensors(adapter_tensors(trainer.model, "default"))
     with shown:
         result = trainer.train()
-    adapter = adapter_tensors(trainer.model, "default")
+    adapter = _trained(trainer)
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
     if hash_tensors(adapter) == before:
@@ -122,9 +123,10 @@ def fit(
             "alignment changed nothing: no step was taken, the learning rate was 0, or (grpo) the replies to a prompt "
             "always got the same reward, as those of a model do that never answers in the format"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_adapter(adapter, trainer.model.peft_config["default"], base, out)
-    (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    if ranks.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_adapter(adapter, trainer.model.peft_config["default"], base, out)
+        (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return {
         "train_loss": result.training_loss,
         "steps": result.global_step,
@@ -132,6 +134,15 @@ def fit(
         "trainable_parameters": trainable,
         "adapter_sha256": hash_tensors(adapter),
     }
+
+
+def _trained(trainer: Any) -> dict[str, Any]:
+    """The adapter after training, whole on every rank also where FSDP or ZeRO-3 has spread it over them."""
+    if ranks.wrapper() not in ("fsdp2", "zero3"):
+        return adapter_tensors(trainer.model, "default")
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on the first rank; empty on the others
+    adapter = get_peft_model_state_dict(trainer.model, state_dict=whole, adapter_name="default") if whole else {}
+    return ranks.from_first(lambda: {key: value.cpu() for key, value in adapter.items()})
 
 
 class _Progress(TrainerCallback):

@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
+from atp_rl import ranks
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.mixture import BASE, mixture
+from atp_rl.model.shards import shard
 from atp_rl.types import InputError
 
 TINY = "tiny"
@@ -124,6 +126,8 @@ class Policy:
                 else:
                     model.add_adapter(adapter, lora)
         assert isinstance(model, PeftModel)
+        if ranks.wrapper() == "fsdp2" and ranks.world_size() > 1:
+            shard(model)
         return cls(model, chat, name)
 
     @property

@@ -12,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atp_rl import ranks
 from atp_rl.model.policy import read_adapters, write_adapters
 from atp_rl.tracking.wandb_mirror import WandbMirror
 from atp_rl.types import Episode, InputError
@@ -34,6 +36,17 @@ class Interrupted(Exception):
 
 FILES = frozenset({"state.safetensors", "state.json"})
 """What a checkpoint holds beside its manifest and its adapters: one, or one in a folder for each seat."""
+
+
+def _first_rank(write: Callable[..., None]) -> Callable[..., None]:
+    """A method that does nothing on the other ranks: one of them writes."""
+
+    @wraps(write)
+    def guarded(*args: Any, **options: Any) -> None:
+        if ranks.is_first():
+            write(*args, **options)
+
+    return guarded
 
 
 class Checkpoint(NamedTuple):
@@ -95,15 +108,37 @@ class Run:
                 raise InputError(f"{self.path}: another process is at work here; wait for it or end it") from None
             yield
 
+    def wait_until_unlocked(self) -> None:
+        """Wait for the process that works here, if there is one."""
+        with (self.path / "recipe.yaml").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+    @contextmanager
+    def marked_if_interrupted(self) -> Iterator[None]:
+        """The file `interrupted` is there exactly while the run has stopped at a step border and can go on.
+
+        Scripts that start the run again look at it: a launcher's own exit code says less.
+        """
+        mark = self.path / "interrupted"
+        ranks.from_first(lambda: mark.unlink(missing_ok=True))
+        try:
+            yield
+        except Interrupted as stopped:
+            if ranks.is_first():
+                mark.write_text(f"{stopped}\n")
+            raise
+
     @property
     def complete(self) -> bool:
         return (self.path / "summary.json").exists()
 
+    @_first_rank
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         self._append("metrics.jsonl", metrics)
         if self.mirror:
             self.mirror.log(metrics)
 
+    @_first_rank
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         self._append("evaluations.jsonl", evaluation)
         if self.mirror:
@@ -111,6 +146,11 @@ class Run:
             columns, rows = evaluation_parts(evaluation)
             self.mirror.log_table(f"eval/{evaluation['suite']}/parts", columns, rows)
 
+    @_first_rank
+    def log_reevaluation(self, evaluation: Mapping[str, Any]) -> None:
+        self._append("reevaluations.jsonl", evaluation)
+
+    @_first_rank
     def log_alert(self, alert: Mapping[str, Any]) -> None:
         self._append("alerts.jsonl", alert)
         if self.mirror:
@@ -127,9 +167,11 @@ class Run:
                 break
         return records
 
+    @_first_rank
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
+    @_first_rank
     def write_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
         """`episodes/<name>.jsonl.gz`, an episode a line; the same episodes give the same bytes."""
         text = "".join(json.dumps(episode_record(e), ensure_ascii=False) + "\n" for e in episodes)
