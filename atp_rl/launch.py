@@ -28,7 +28,7 @@ def run(recipe: Recipe, file: Path) -> Path:
     Raises:
         InputError: before the directory is made.
         Interrupted: after a signal; `resume` continues.
-        RuntimeError: a stage failed; what it printed says why.
+        SystemExit: a stage failed; what it printed says why.
     """
     _promise(file, recipe)
     directory, _ = pipeline.start(recipe)
@@ -49,8 +49,9 @@ def _stages(recipe: Recipe, run: Run, file: Path) -> Path:
         run.wait_until_unlocked()
         if (run.path / "interrupted").exists():
             raise Interrupted((run.path / "interrupted").read_text("utf-8").strip())
-        if code:
-            raise RuntimeError(f"the stage {stage} of {run.path} failed with exit code {code}; the reason is above")
+        if code and not run.complete:
+            print(f"atp: the stage {stage} of {run.path} failed; the reason is above", file=sys.stderr)
+            sys.exit(code if code > 0 else 1)
     return run.path
 
 
