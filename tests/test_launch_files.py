@@ -10,11 +10,11 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -36,7 +36,7 @@ SCRIPTS = [LAUNCH / "cpu_2proc.sh", LAUNCH / "slurm/stage.sbatch", LAUNCH / "slu
 class Launch(NamedTuple):
     """What `accelerate launch` makes of a command line before it starts anything."""
 
-    args: object
+    args: Any
     env: dict[str, str]
     """Only what it adds to the environment."""
 
@@ -51,6 +51,8 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
             parser.parse_args(["--config_file", config, *options, "-m", "atp_rl", "run", "recipe.yaml"])
         )
         if args.use_deepspeed:  # the same lines as in accelerate's launch_command
+            assert isinstance(defaults, ClusterConfig)
+            assert defaults.deepspeed_config
             fields = [*defaults.deepspeed_config, *(["mixed_precision"] if mixed else [])]
             args.deepspeed_fields_from_accelerate_config = ",".join(fields)
             env = prepare_deepspeed_cmd_env(args)[1]
@@ -75,6 +77,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
 )
 def test_accelerate_reads_wrapper_and_processes(launch, name: str, kind: DistributedType, processes: int) -> None:
     config = load_config_from_file(str(LAUNCH / f"accelerate/{name}.yaml"))
+    assert isinstance(config, ClusterConfig)
     assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, 1)
 
     args = launch(name).args
@@ -112,7 +115,7 @@ def test_computation_is_bf16(launch, name: str) -> None:
 def test_fsdp_plugin(launch, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in launch("fsdp2").env.items():
         monkeypatch.setenv(key, value)
-    plugin = FullyShardedDataParallelPlugin()
+    plugin: Any = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
