@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
@@ -67,9 +68,9 @@ def _promise(file: Path, recipe: Recipe) -> str:
         stage = deepspeed.get("zero_stage")
         if settings := deepspeed.get("deepspeed_config_file"):
             stage = json.loads(Path(settings).read_text("utf-8"))["zero_optimization"]["stage"]
+        count = int(config.num_processes)  # of all machines
     except Exception as error:
         raise InputError(f"--launch {file}: not a configuration of `accelerate launch` ({error})") from None
-    count = int(config.num_processes)  # of all machines
     kind = config.distributed_type
     wrapper: ranks.Wrapper = "ddp" if count > 1 else "none"
     if kind == DistributedType.DEEPSPEED:
@@ -77,6 +78,10 @@ def _promise(file: Path, recipe: Recipe) -> str:
     elif kind == DistributedType.FSDP:
         wrapper = "fsdp2"
     pipeline.check_wrapper(recipe, wrapper)
+    here = torch.cuda.device_count()
+    if wrapper != "none" and config.num_machines == 1 and here != count:
+        fix = "make them equal" if here else "on CPUs use launch/cpu_2proc.sh"
+        raise InputError(f"--launch {file}: `num_processes` is {count}, but {here} GPUs are visible; {fix}")
     return f"{count} {wrapper}"
 
 
