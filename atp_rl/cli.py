@@ -47,11 +47,13 @@ def run(
     """Run all stages of a recipe: align, evolve, evaluate."""
     from atp_rl import pipeline
     from atp_rl.recipe import dump, load
+    from atp_rl.tracking.run import Run
 
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     suites = pipeline.check(resolved)
     if dry_run:
+        Run.check_new(Path(resolved.run.dir))
         print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
         return
     _finish(pipeline.run(resolved))

@@ -196,7 +196,9 @@ def save(
         "probe": probe,
     }
     checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
-    run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep)
+    folder = run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep)
+    if recipe.track.artifacts == "all":
+        run.mirror_adapter(folder)
 
 
 def _supervision(supervision: Any) -> Any:

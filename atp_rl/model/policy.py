@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -425,7 +426,8 @@ def check_adapter(folder: Path, base: str) -> None:
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and the like change the base
         raise InputError(f"{folder}: adapters with init_lora_weights={config['init_lora_weights']!r} are not supported")
     made_for = config.get("base_model_name_or_path")
-    if made_for != base and made_for != base_path(base):
+    here = isinstance(made_for, str) and os.path.isdir(made_for) and os.path.isdir(base_path(base))
+    if made_for not in (base, base_path(base)) and not (here and os.path.samefile(made_for, base_path(base))):
         raise InputError(f"{folder}: the adapter was made for the base model {made_for!r}, not for {base!r}")
     if not any("lora_A" in key for key in keys):
         raise InputError(f"{folder}: adapter_model.safetensors holds no LoRA weights")
