@@ -62,7 +62,10 @@ def run_demo(out: Path, *, workers: int) -> None:
         raise InputError(f"{out}: is not empty and holds no demo; choose another folder with --out")
     begun, complete = time.perf_counter(), (out / "summary.json").exists()
     missing = [member for member in MEMBERS if not (out / member.folder / "summary.json").exists()]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error}); choose another folder with --out") from None
     if not (out / "align" / "aligned").exists():
         print("aligning the tiny model with DPO", flush=True)
         _atp("align", out / "align", [ROLE_PLAY], [], threads=workers)

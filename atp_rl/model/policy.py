@@ -404,6 +404,19 @@ def write_adapter(state: Mapping[str, Tensor], config: LoraConfig, base: str, fo
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
+def _means(made_for: Any, base: str) -> bool:
+    """Whether an adapter's base model is this one; of a directory it may hold a path from another folder."""
+    path = Path(base_path(base)).absolute()
+    if made_for in (base, base_path(base)):
+        return True
+    if not isinstance(made_for, str) or not path.is_dir():
+        return False
+    if os.path.isabs(made_for):
+        return os.path.isdir(made_for) and os.path.samefile(made_for, path)
+    end = tuple(part for part in Path(made_for).parts if part != "..")
+    return bool(end) and path.parts[-len(end) :] == end
+
+
 def check_adapter(folder: Path, base: str) -> None:
     """Refuse an adapter that is missing, malformed, not LoRA, or made for another base; reads headers only.
 
@@ -426,8 +439,7 @@ def check_adapter(folder: Path, base: str) -> None:
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and the like change the base
         raise InputError(f"{folder}: adapters with init_lora_weights={config['init_lora_weights']!r} are not supported")
     made_for = config.get("base_model_name_or_path")
-    here = isinstance(made_for, str) and os.path.isdir(made_for) and os.path.isdir(base_path(base))
-    if made_for not in (base, base_path(base)) and not (here and os.path.samefile(made_for, base_path(base))):
+    if not _means(made_for, base):
         raise InputError(f"{folder}: the adapter was made for the base model {made_for!r}, not for {base!r}")
     if not any("lora_A" in key for key in keys):
         raise InputError(f"{folder}: adapter_model.safetensors holds no LoRA weights")

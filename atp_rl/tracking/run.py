@@ -97,7 +97,9 @@ class Run:
             what = "holds a run already" if "recipe.yaml" in there else "is not an empty directory"
             raise InputError(f"run.dir {path}: {what}; continue it with `atp resume {path}`, or choose another run.dir")
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise InputError(f"run.dir {path}: {above} is no directory to write in; choose another run.dir")
+            raise InputError(
+                f"run.dir {path}: cannot be made, since {above} is no directory to write in; choose another run.dir"
+            )
 
     @classmethod
     def open(cls, path: Path) -> Run:
