@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,11 +53,13 @@ def run(
     """Run all stages of a recipe: align, evolve, evaluate."""
     from atp_rl import pipeline
     from atp_rl.recipe import dump, load
+    from atp_rl.tracking.run import Run
 
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     if dry_run:
         suites = pipeline.check(resolved)
+        Run.check_new(Path(resolved.run.dir))
         print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
     elif launch:
         from atp_rl.launch import run
@@ -128,7 +131,9 @@ def report(
     """Write one self-contained HTML file about one or several runs."""
     from atp_rl.tracking.report import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html"))
+    place = out or runs[0] / "report.html"
+    with _writing(place):
+        print(write_report(runs, place))
 
 
 @app.command()
@@ -191,10 +196,21 @@ def build(
     from atp_rl.model.tiny_card import write_card
     from atp_rl.tracking.progress import progress
 
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     plan = dataclasses.replace(model.PLANS[testbed], seed=seed)
     with progress(plan.steps, "tiny build") as show:
         model.build(out, plan, report=lambda step, phase, loss: show(step, f"{phase}  loss {loss:.3f}"))
     print(write_card(out))
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """A place that cannot be written to is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error}); choose another place") from None
 
 
 def _finish(path: Path) -> None:

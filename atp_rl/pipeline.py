@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.tracking.progress import progress
-from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_border
+from atp_rl.tracking.run import Interrupted, Run, check_manifest, rename_durably, stop_at_step_border
 from atp_rl.tracking.summary import summarise
 from atp_rl.tracking.wandb_mirror import WandbMirror, resolve_mode
 from atp_rl.types import InputError, SamplingParams
@@ -160,6 +160,26 @@ def _adapters(recipe: Recipe) -> list[Path]:
     return aligned if start in ("aligned", "base") else [*aligned, Path(start)]
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths for what it reads, so that the run can be resumed from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and os.path.abspath(path)
+
+    model, world, align, evolve = recipe.model, recipe.scenarios, recipe.align, recipe.evolve
+    if base_path(model.name) == model.name and os.path.isdir(model.name):
+        model = model.model_copy(update={"name": absolute(model.name)})
+    world = world.model_copy(update={"paper": absolute(world.paper), "file": absolute(world.file)})
+    if align:
+        align = align.model_copy(update={"adapter": absolute(align.adapter)})
+    if evolve and evolve.start_from not in ("aligned", "base"):
+        evolve = evolve.model_copy(update={"start_from": absolute(evolve.start_from)})
+    if evolve and evolve.deviants:
+        deviants = evolve.deviants.model_copy(update={"adapter": absolute(evolve.deviants.adapter)})
+        evolve = evolve.model_copy(update={"deviants": deviants})
+    return recipe.model_copy(update={"model": model, "scenarios": world, "align": align, "evolve": evolve})
+
+
 def suites_of(recipe: Recipe, *, trained_on: bool | None = None) -> Suites:
     """The suites of a recipe; `trained_on` says whether its file is learned from, where the recipe's stages do not."""
     world, measured = recipe.scenarios, recipe.evaluate
@@ -238,7 +258,10 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             shape = f"model.lora.r={rank} model.lora.alpha={alpha}"
             raise InputError(f"{adapter}: has another shape than `model.lora`, and keeps it; set {shape}")
-    return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe))), suites
+    recipe = with_absolute_paths(recipe)
+    world = recipe.scenarios
+    inputs = [Path(file) for file in (world.paper, world.file) if file]
+    return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe), inputs=inputs)), suites
 
 
 Stage = Literal["align", "evolve"]
@@ -263,6 +286,7 @@ def resume(path: Path, *, stage: Stage | None = None) -> Path:
     recipe = load([str(path / "recipe.yaml")])
     if ranks.from_first(lambda: directory.complete):
         return path
+    ranks.from_first(directory.check_inputs)
     return _stages(recipe, directory, suites_of(recipe), stage=stage)
 
 
@@ -298,7 +322,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
                     quiet=False,
                 )
             )
-        _align(recipe, run, suites)
+        _align(recipe, run, suites, stop=lambda: bool(stop))
         if ranks.any_rank(bool(stop)):
             raise Interrupted(f"stopped after alignment; `atp resume {run.path}` continues")
         if evolving is None:
@@ -317,8 +341,8 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
             summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
             run.write_summary(summary)
             run.mirror.summary(summary)
-            last = run.checkpoint_folders()[-1]
-            run.mirror.artifact(last, f"{run_name(recipe)}-seed{recipe.seed}-adapter", "adapter")
+            if recipe.track.artifacts == "last":
+                run.mirror_adapter(run.checkpoint_folders()[-1])
         ranks.any_rank(False)  # the others wait until everything is written
     return run.path
 
@@ -384,8 +408,17 @@ def _anchor(recipe: Recipe, run: Run) -> Path | None:
     return run.path / "aligned"
 
 
-def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
-    """Make the aligned adapter, if the recipe asks for one and it is not there yet."""
+def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]) -> None:
+    """Make the aligned adapter, if the recipe asks for one and it is not there yet.
+
+    Raises:
+        Interrupted: `stop` said so after one of its steps; nothing of it is kept.
+    """
+
+    def at_step() -> None:
+        if ranks.any_rank(stop()):
+            raise Interrupted(f"stopped within alignment; `atp resume {run.path}` begins it again")
+
     settings, folder = recipe.align, run.path / "aligned"
     if "align" in stages(recipe) and not ranks.from_first(folder.exists):
         assert settings is not None
@@ -409,10 +442,11 @@ def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
             revision=recipe.model.revision,
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
+            at_step=at_step,
         )
 
         def finish() -> None:
             (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            temporary.rename(folder)
+            rename_durably(temporary, folder)
 
         ranks.from_first(finish)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ def run_alignment(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     thinking: bool = False,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Make pairs with the base model, train an adapter on them, and write both to `out`.
 
@@ -54,6 +55,7 @@ def run_alignment(
         trl_options: options of TRL's config for this method.
         rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
         batch_size: conversations that are sampled at once (memory only, never the result).
+        at_step: called between the steps of both parts; what it raises ends the alignment.
 
     Returns:
         `pairs`, `prompts`, `dropped` (prompts without a pair) and the metrics of `trainer.fit`.
@@ -74,6 +76,7 @@ def run_alignment(
         tries=tries,
         seed=seed,
         sampling=sampling,
+        at_step=at_step,
     )
     del policy
     gc.collect()  # the trainer loads its own copy of the base
@@ -99,6 +102,7 @@ def run_alignment(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        at_step=at_step,
     )
     gc.collect()  # and evolution loads one again
     if torch.cuda.is_available():

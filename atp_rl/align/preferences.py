@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ def make_pairs(
     tries: int,
     seed: int,
     sampling: SamplingParams,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Preferences:
     """Ask `sampler` for both answers to every round of every scenario, from the first seat's place.
 
@@ -51,6 +52,7 @@ def make_pairs(
     Args:
         rounds, supervision, history_window: as in `make_env`.
         tries: most attempts at one answer.
+        at_step: called before each; what it raises ends the asking.
     """
     tempting = [s for s in scenarios if s.rule is not None and best_paid_option(s) != s.rule]
     talks = [Conversation(s, rounds, supervision, history_window, seed) for s in tempting]
@@ -64,6 +66,7 @@ def make_pairs(
             ]
             if not open_asks:
                 break
+            at_step()
             chats = [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks]
             completions = ranks.gather(sampler.generate(ranks.share(chats), sampling))
             for (talk, told), completion in zip(open_asks, completions, strict=True):

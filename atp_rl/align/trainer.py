@@ -6,7 +6,7 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def fit(
     revision: str | None,
     dtype: str,
     thinking: bool,
+    at_step: Callable[[], None],
     **arguments: Any,
 ) -> Metrics:
     """Train a fresh adapter on the base model and write it to `out`, with TRL's log as `training.jsonl`.
@@ -79,6 +80,7 @@ def fit(
 
     Args:
         rows: the training set, in the format of `trainer_class`.
+        at_step: called after every step, on every process; what it raises ends the training.
         arguments: further ones of `trainer_class`.
 
     Returns:
@@ -106,7 +108,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
     shown = ExitStack()
-    trainer.add_callback(_Progress(trainer_class.__name__, shown))
+    trainer.add_callback(_Progress(trainer_class.__name__, shown, at_step))
     if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
         raise RuntimeError("the trainer's reference policy is not the base model")
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -146,10 +148,10 @@ def _trained(trainer: Any) -> dict[str, Any]:
 
 
 class _Progress(TrainerCallback):
-    """Shows the steps of a trainer as every other stage shows its own; ends with `until`."""
+    """Shows the steps of a trainer as every other stage shows its own, and calls `at_step`; ends with `until`."""
 
-    def __init__(self, label: str, until: ExitStack) -> None:
-        self.label, self.until = label, until
+    def __init__(self, label: str, until: ExitStack, at_step: Callable[[], None]) -> None:
+        self.label, self.until, self.at_step = label, until, at_step
         self.report: Report = silent
         self.news = ""
 
@@ -162,3 +164,4 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.report(state.global_step, self.news)
+        self.at_step()

@@ -199,7 +199,9 @@ def save(
     checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
     if len(set(ranks.gather([hash_tensors(checkpoint.adapter)]))) > 1:
         raise RuntimeError(f"step {step}: the ranks' adapters have drifted apart")
-    ranks.from_first(lambda: run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep))
+    folder = ranks.from_first(lambda: run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep))
+    if recipe.track.artifacts == "all":
+        run.mirror_adapter(folder)
 
 
 def _supervision(supervision: Any) -> Any:
