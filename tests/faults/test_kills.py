@@ -1,7 +1,7 @@
-"""Twenty kills at random moments, along three runs: each run resumes every time, and ends as if nothing had happened.
+"""Kills at random moments, along four runs: each run resumes every time, and ends as if nothing had happened.
 
 The first six are part of every test run (about a minute and a half on one core, most of it the starts of processes).
-All twenty, each of them printed (three minutes of processor time):
+All of them, twenty of one process and six of two, each of them printed (about five minutes of processor time):
 
     ATP_ALL_KILLS=1 pytest -s tests/faults/test_kills.py
 """
@@ -18,6 +18,7 @@ from tests import small_model
 from tests.faults.kills import Undisturbed, killed, results, undisturbed
 
 ATP = [sys.executable, "-m", "atp_rl"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atp_rl"]
 STEPS = 24
 ALL = pytest.mark.skipif(not os.environ.get("ATP_ALL_KILLS"), reason="long; ATP_ALL_KILLS=1 runs it")
 
@@ -89,3 +90,12 @@ def test_a_run_that_is_killed_six_times_in_alignment_and_evolution_ends_so_too(a
     print("", *done, sep="\n")
     assert len(done) == 6
     assert_equal(tmp_path / "run", whole)
+
+
+@ALL
+def test_two_processes_that_are_killed_six_times_end_as_two_that_were_not(tmp_path):
+    like = undisturbed(TORCHRUN, evolution(), tmp_path / "whole")
+    done = killed(TORCHRUN, evolution(), tmp_path / "run", kills=6, seed=4, like=like, interrupted=(1, 75))
+    print("", *done, sep="\n")
+    assert len(done) == 6
+    assert_equal(tmp_path / "run", tmp_path / "whole")
