@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -78,6 +78,8 @@ class SmallServer:
         """New names of the live adapter are answered with the weights that were loaded first."""
         self._first: torch.nn.Module | None = None
         self.loads_adapters = True
+        self.says: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {"content": "I do not know."}
+        """The message that answers a request for a chat completion."""
 
     @property
     def loaded(self) -> list[str]:
@@ -106,6 +108,9 @@ class SmallServer:
             if body["model"] not in self.engine.models:
                 return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}}).encode()
             return 200, self.raw or json.dumps(self._complete(body)).encode()
+        if path == "/v1/chat/completions":
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"} | self.says(body)}
+            return 200, self.raw or json.dumps({"model": body["model"], "choices": [choice]}).encode()
         return 404, b'{"detail": "Not Found"}'
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:

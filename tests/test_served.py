@@ -230,7 +230,8 @@ def test_a_sync_sends_what_has_changed_and_nothing_else(connect, server):
 
 def test_two_samplers_share_no_name(connect, server):
     policy = make_policy()
-    connect(policy), connect(policy)
+    for _ in range(2):
+        connect(policy)
     assert len(set(server.loaded)) == 4
 
 
