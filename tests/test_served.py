@@ -274,11 +274,21 @@ def test_a_step_taken_back_is_not_old_weights():
     assert probe.check(policy, HFSampler(policy))["perf/probe_gap_max"] < 1e-4
 
 
-def test_the_probe_looks_at_every_seat(tmp_path):
-    policy, recipe = make_policy(), small_recipe(tmp_path / "run")
-    probe = make_sync_probe(recipe, pipeline.suites_of(recipe), policy)
-    assert [chat.player for chat in probe.chats] == ["policy"] * 2  # one family of training, two scenarios in the gate
-    assert len({tuple(chat.prompt_ids) for chat in probe.chats}) == 2
+def test_the_probe_looks_at_four_chats_or_at_every_player(tmp_path):
+    policy = make_policy()
+
+    def players(*overrides):
+        recipe = small_recipe(tmp_path / "run", "scenarios.families=null", *overrides)
+        probe = make_sync_probe(recipe, pipeline.suites_of(recipe), policy)
+        assert len({(chat.player, *chat.prompt_ids) for chat in probe.chats}) == len(probe.chats)
+        return [chat.player for chat in probe.chats]
+
+    game = ["scenarios.testbed=collusion", "scenarios.supervision=all_unsupervised", "scenarios.collusion.n=9"]
+    game += ["scenarios.collusion.fixed=2", "scenarios.collusion.fixed_as=aligned"]
+    assert players() == ["policy"] * 4
+    assert sorted(players(*game)) == ["aligned"] * 2 + ["policy"] * 2  # all seats read the same in the first round
+    seats = players(*game, "evolve.learner=population", "evolve.steps=1")
+    assert len(set(seats)) == 8
 
 
 # --- servers that cannot be used

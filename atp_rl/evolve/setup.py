@@ -31,7 +31,7 @@ from atp_rl.tracking.run import Checkpoint, Run
 from atp_rl.types import Chat, Episode, Sampler, SamplingParams, Scenario
 
 PROBED = 4
-"""Scenarios whose first round the probe after every sync looks at."""
+"""Different chats that the probe after every sync looks at, or more where the first scenario has more."""
 
 
 def make_sampler(recipe: Recipe, policy: Policy) -> HFSampler | TokenSampler:
@@ -82,17 +82,19 @@ def api_sampler(recipe: Recipe) -> ApiSampler:
 
 
 def make_sync_probe(recipe: Recipe, suites: Suites, policy: Policy) -> SyncProbe:
-    """Compares the sampler with the policy on the first round of a few scenarios, in every seat."""
-    play, chats = training_play(recipe), list[Chat]()
-    for scenario in (suites.gate or suites.held_out)[:PROBED]:
+    """Compares the sampler with the policy on the first round of a few scenarios, for every player in them."""
+    play, chats = training_play(recipe), dict[tuple[str, ...], Chat]()
+    for scenario in suites.gate or suites.held_out:
+        if len(chats) >= PROBED:
+            break
         env = make_env(
             scenario, rounds=play.rounds, supervision=play.supervision, seed=0, history_window=play.history_window
         )
         for seat, messages in env.observe().items():
             player = "aligned" if seat in env.frozen else seat if play.population else "policy"
             prompt = policy.chat.encode(messages, [], env.tools)
-            chats.append(Chat(messages, prompt, scenario.options, (0,), player, env.tools))
-    return SyncProbe(chats)
+            chats[player, str(prompt)] = Chat(messages, prompt, scenario.options, (0,), player, env.tools)
+    return SyncProbe(list(chats.values()))
 
 
 def gate_probe(recipe: Recipe, suites: Suites, sampler: Sampler) -> Probe:
