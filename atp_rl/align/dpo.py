@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's DPOTrainer; the reference policy is the base model.
 
@@ -32,6 +33,7 @@ def train(
         base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.DPOConfig`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -44,4 +46,15 @@ def train(
         | {"chat_template_kwargs": {"enable_thinking": thinking}}
         for pair in pairs
     ]
-    return fit(DPOTrainer, base, rows, config, out=out, lora=lora, revision=revision, dtype=dtype, thinking=thinking)
+    return fit(
+        DPOTrainer,
+        base,
+        rows,
+        config,
+        out=out,
+        lora=lora,
+        revision=revision,
+        dtype=dtype,
+        thinking=thinking,
+        at_step=at_step,
+    )

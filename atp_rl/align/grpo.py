@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's GRPOTrainer on `reward_models.compliance`; the reference policy, with `beta` > 0, is the base.
 
@@ -30,6 +31,7 @@ def train(
         base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
         prompts: with `options` and `required`, as `make_pairs` makes them (pairs will do too).
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.GRPOConfig`; its `beta` defaults to 0, which is no reference at all.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -48,5 +50,6 @@ def train(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        at_step=at_step,
         reward_funcs=compliance,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's SFTTrainer on `prompt` and `chosen` of every pair; the loss is that of the answer alone.
 
@@ -29,6 +30,7 @@ def train(
         base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.SFTConfig`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -45,4 +47,15 @@ def train(
         }
         for pair in pairs
     ]
-    return fit(SFTTrainer, base, rows, config, out=out, lora=lora, revision=revision, dtype=dtype, thinking=thinking)
+    return fit(
+        SFTTrainer,
+        base,
+        rows,
+        config,
+        out=out,
+        lora=lora,
+        revision=revision,
+        dtype=dtype,
+        thinking=thinking,
+        at_step=at_step,
+    )

@@ -5,6 +5,7 @@ What `loop.evolve` comes to without a policy: the conversation grows round by ro
 
 from __future__ import annotations
 
+from atp_rl import ranks
 from atp_rl.evolve.setup import api_sampler, measure_checkpoint
 from atp_rl.recipe import Recipe
 from atp_rl.scenarios.suites import Suites
@@ -18,5 +19,5 @@ def evolve_by_api(recipe: Recipe, run: Run, suites: Suites, *, report: Report) -
     Raises:
         InputError: the service stopped answering.
     """
-    run.rewind(-1)
+    ranks.from_first(lambda: run.rewind(-1))
     measure_checkpoint(recipe, run, suites, None, api_sampler(recipe), step=0, report=report)

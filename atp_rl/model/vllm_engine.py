@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from atp_rl import ranks
 from atp_rl.model.policy import Policy, base_path
 from atp_rl.model.served import Answer, Question, TokenSampler
 from atp_rl.types import InputError
@@ -25,9 +26,11 @@ class VllmSampler(TokenSampler):
             gpu_memory: share of the GPU's memory that the engine may take while it is awake.
 
         Raises:
-            InputError: vLLM is not installed, or has no room for adapters of this rank.
+            InputError: vLLM is not installed, there are other processes, or it has no room for adapters of this rank.
         """
         super().__init__(policy)
+        if ranks.world_size() > 1:
+            raise InputError("`sampler.engine`: vllm runs in a single process; start one, or use a server")
         try:
             import vllm  # pyright: ignore[reportMissingImports]
             from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
