@@ -16,18 +16,20 @@ from atp_rl.align import run_alignment
 from atp_rl.align.conversation import best_paid_option
 from atp_rl.align.trainer import trl_config
 from atp_rl.defenses import Defense
+from atp_rl.evolve.in_context_api import evolve_by_api
 from atp_rl.evolve.loop import evolve
 from atp_rl.evolve.setup import (
+    check_service,
     evaluate_suites,
     evaluation_play,
     learning_seats,
     load_policy,
     lora_config,
+    make_sampler,
     settings_of,
     training_play,
 )
 from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
-from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import POPULATIONS, Recipe, check_defenses, dump, load
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
@@ -50,7 +52,8 @@ def check(recipe: Recipe) -> Suites:
     suites = suites_of(recipe)
     _check_testbed(recipe, suites)
     seats = _check_environments(recipe, suites)
-    _check_tiny(recipe, suites)
+    if recipe.sampler.engine != "api":
+        _check_tiny(recipe, suites)
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
@@ -211,7 +214,9 @@ def _learns(recipe: Recipe) -> bool:
 
 def plan(recipe: Recipe, suites: Suites) -> list[str]:
     """What `run` would do, a line a stage, without loading a model."""
-    lines = [f"run directory {recipe.run.dir}, model {recipe.model.name}, seed {recipe.seed}"]
+    lines = [f"run directory {recipe.run.dir}, model {model_name(recipe)}, seed {recipe.seed}"]
+    if recipe.sampler.engine != "hf":
+        lines.append(f"sampler: {recipe.sampler.engine} {recipe.sampler.url or ''}".rstrip())
     if recipe.align and recipe.align.adapter:
         lines.append(f"align: use the adapter {recipe.align.adapter}")
     elif recipe.align and recipe.evolve and recipe.evolve.start_from != "aligned":
@@ -250,8 +255,19 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         InputError: before the directory is made.
     """
     suites = check(recipe)
-    model = recipe.model
-    lora = lora_config(recipe)
+    if recipe.sampler.url:
+        ranks.from_first(lambda: check_service(recipe))
+    if recipe.sampler.engine != "api":
+        _check_weights(recipe)
+    recipe = with_absolute_paths(recipe)
+    world = recipe.scenarios
+    inputs = [Path(file) for file in (world.paper, world.file) if file]
+    return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe), inputs=inputs)), suites
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Find out whether the model and the adapters of a recipe can be loaded; raises InputError."""
+    model, lora = recipe.model, lora_config(recipe)
     check_model(model.name, _adapters(recipe), lora, revision=model.revision, thinking=model.thinking)
     for adapter in _adapters(recipe):
         made = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
@@ -259,10 +275,6 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             shape = f"model.lora.r={rank} model.lora.alpha={alpha}"
             raise InputError(f"{adapter}: has another shape than `model.lora`, and keeps it; set {shape}")
-    recipe = with_absolute_paths(recipe)
-    world = recipe.scenarios
-    inputs = [Path(file) for file in (world.paper, world.file) if file]
-    return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe), inputs=inputs)), suites
 
 
 Stage = Literal["align", "evolve"]
@@ -316,7 +328,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
                     project=recipe.track.project,
                     group=recipe.track.group,
                     job_type="evolve" if evolving else "align",
-                    name=f"{Path(recipe.model.name).name}-{recipe.scenarios.testbed}-{run_name(recipe)}"
+                    name=f"{Path(model_name(recipe)).name}-{recipe.scenarios.testbed}-{run_name(recipe)}"
                     f"-seed{recipe.seed}",
                     tags=recipe.track.tags,
                     config=recipe.model_dump(),
@@ -329,11 +341,14 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
         if evolving is None:
             return run.path
         report = stack.enter_context(progress(evolving.steps, run_name(recipe)))
-        evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
+        if recipe.sampler.engine == "api":
+            evolve_by_api(recipe, run, suites, report=report)
+        else:
+            evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
             "name": run_name(recipe),
             "seed": recipe.seed,
-            "model": recipe.model.name,
+            "model": model_name(recipe),
             "testbed": recipe.scenarios.testbed,
             "learner": evolving.learner,
             "complete": True,
@@ -342,10 +357,15 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
             summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
             run.write_summary(summary)
             run.mirror.summary(summary)
-            if recipe.track.artifacts == "last":
+            if recipe.track.artifacts == "last" and recipe.sampler.engine != "api":
                 run.mirror_adapter(run.checkpoint_folders()[-1])
         ranks.any_rank(False)  # the others wait until everything is written
     return run.path
+
+
+def model_name(recipe: Recipe) -> str:
+    """Of the model that is measured: a service's where there is no other."""
+    return (recipe.sampler.model or "") if recipe.sampler.engine == "api" else recipe.model.name
 
 
 def run_name(recipe: Recipe) -> str:
@@ -367,6 +387,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     recipe = load([str(path / "recipe.yaml"), *overrides])
     if recipe.evolve is None:
         raise InputError(f"{path}: the run has no `evolve` section, so no checkpoint to measure")
+    if recipe.sampler.engine == "api":
+        raise InputError(f"{path}: a run of the engine api has no checkpoints; `atp run` measures it anew")
     folders = {str(int(folder.name.removeprefix("step_"))): folder for folder in run.checkpoint_folders()}
     if checkpoint != "all" and checkpoint not in folders:
         raise InputError(f"{path}: no checkpoint {checkpoint!r}; there are: {', '.join(folders) or 'none'}")
@@ -383,7 +405,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
     policy = load_policy(recipe, _anchor(recipe, run), suites)
-    sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    sampler = make_sampler(recipe, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
     with progress(len(chosen), "evaluate") as report:

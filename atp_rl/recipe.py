@@ -309,6 +309,43 @@ class Evolve(_Strict):
         return size
 
 
+class Sampler(_Strict):
+    """Who answers the chats."""
+
+    engine: Literal["hf", "server", "vllm", "api"] = "hf"
+    """The policy itself in this process (hf), vLLM beside it (vllm), a server that speaks vLLM's protocol and is sent
+    the adapters (server), or a chat service of text alone, for evolution in context from the base (api)."""
+    mode: Literal["free", "choice"] = "free"
+    """Token by token (free), or the decision drawn from the exact probabilities of the options (choice, for hf)."""
+    url: Annotated[str, Field(pattern="^https?://")] | None = None
+    """Root of the API of the engines server and api, e.g. http://127.0.0.1:8000/v1."""
+    model: Name | None = None
+    """The model's name at `url`; null is `model.name`."""
+    api_key_env: Name | None = None
+    """Name of the environment variable that holds the key for `url`; null sends none."""
+    timeout_s: Positive = 120.0
+    """Longest that one request to `url` may take, in seconds."""
+    concurrency: Count = 64
+    """Requests to `url` under way at once."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of the GPU's memory that the engine vllm may take while it is awake."""
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Sampler:
+        remote = self.engine in ("server", "api")
+        if self.mode == "choice" and self.engine != "hf":
+            raise ValueError(f"has the engine {self.engine}, which draws token by token; set `sampler.mode` to free")
+        if remote and self.url is None:
+            raise ValueError(f"needs `sampler.url` for the engine {self.engine}, e.g. http://127.0.0.1:8000/v1")
+        if not remote and (set_ := [key for key in ("url", "model", "api_key_env") if getattr(self, key)]):
+            raise ValueError(
+                f"has `{set_[0]}`, but the engine {self.engine} asks no server; set `engine`, or leave it out"
+            )
+        if self.engine == "api" and self.model is None:
+            raise ValueError("needs `sampler.model` for the engine api: the model's name at the service")
+        return self
+
+
 class DefenseSpec(_Strict):
     """One defense: its name, and its own options beside it."""
 
@@ -391,6 +428,7 @@ class Recipe(_Strict):
     """Null skips alignment."""
     evolve: Evolve | None = None
     """Null skips evolution."""
+    sampler: Sampler = Sampler()
     defenses: list[Defense] = []
     """Applied in this order; a bare name is short for `{name: ...}`."""
     evaluate: Evaluate = Evaluate()
@@ -405,6 +443,20 @@ class Recipe(_Strict):
                 "starts from the aligned adapter, but there is no `align`; add it, or set `evolve.start_from` to base"
             )
         return evolve
+
+    @field_validator("sampler")
+    @classmethod
+    def _needs_no_weights(cls, sampler: Sampler, info: ValidationInfo) -> Sampler:
+        align, evolve = info.data.get("align"), info.data.get("evolve")
+        if sampler.engine == "api" and "evolve" in info.data:
+            if evolve is None or (evolve.learner, evolve.start_from) != ("in_context", "base"):
+                raise ValueError(
+                    "has the engine api, whose weights nobody can change; set `evolve.learner` to in_context, "
+                    "`evolve.steps` to 0 and `evolve.start_from` to base"
+                )
+            if align is not None:
+                raise ValueError("has the engine api, which cannot be aligned; set `align` to null")
+        return sampler
 
 
 def load(args: Sequence[str]) -> Recipe:

@@ -26,12 +26,13 @@ from atp_rl.evolve.setup import (
     gate_probe,
     load_policy,
     make_learner,
+    make_sampler,
+    make_sync_probe,
     measure_checkpoint,
     save,
     settings_of,
     training_play,
 )
-from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.rollout import rollout
 from atp_rl.scenarios import random_stream
@@ -70,7 +71,7 @@ def evolve(
     settings, play = settings_of(recipe), training_play(recipe)
     policy = load_policy(recipe, anchor, suites)
     aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
-    sampler = HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     defenses: list[Defense] = check_defenses(recipe.defenses)
     for defense in defenses:
         defense.prepare(policy)
@@ -89,8 +90,10 @@ def evolve(
             defense.load_state(state)
         before = Probe(*last.state["probe"]) if last.state["probe"] else None
         sampler.sync(policy)
+        sync_probe.check(policy, sampler)
     else:
         ranks.from_first(lambda: run.rewind(-1))
+        sync_probe.check(policy, sampler)
         measure_checkpoint(recipe, run, suites, policy, sampler, step=0, report=report)
         before = gate_probe(recipe, suites, sampler) if gating else None
         save(recipe, run, policy, learner, defenses, before, anchor_hash, step=0)
@@ -114,6 +117,7 @@ def evolve(
         for defense in defenses:
             defense.after_update(policy, step)
         sampler.sync(policy)
+        metrics |= sync_probe.check(policy, sampler)
         if gating:
             assert before is not None
             after = gate_probe(recipe, suites, sampler)
@@ -124,6 +128,7 @@ def evolve(
                 policy.restore(accepted[0])
                 learner.load_state(accepted[1])
                 sampler.sync(policy)
+                sync_probe.check(policy, sampler)
                 run.log_alert({"step": step, "alert": "rollback", "violations": after.violations, "n": after.n})
         if policy.adapter_hash("aligned") != anchor_hash:
             raise RuntimeError(f"step {step}: the frozen aligned adapter has changed")

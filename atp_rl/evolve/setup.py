@@ -15,8 +15,13 @@ from atp_rl.evaluate.evaluator import EVALUATION, evaluate, tally
 from atp_rl.evolve.imitation import Imitation
 from atp_rl.evolve.learners import InContext, Learner, PolicyGradient
 from atp_rl.evolve.topology import neighbours
+from atp_rl.model.api import ApiSampler
 from atp_rl.model.policy import Policy, hash_tensors
 from atp_rl.model.sampler import HFSampler
+from atp_rl.model.served import ServedSampler, TokenSampler, check_model_is_served
+from atp_rl.model.service import Service
+from atp_rl.model.sync_probe import SyncProbe
+from atp_rl.model.vllm_engine import VllmSampler
 from atp_rl.recipe import POPULATIONS, Evolve, Recipe
 from atp_rl.recipe import Imitation as ImitationSpec
 from atp_rl.rollout import Play, rollout
@@ -24,10 +29,76 @@ from atp_rl.scenarios import make_env
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Checkpoint, Run
-from atp_rl.types import Episode, SamplingParams, Scenario
+from atp_rl.types import Chat, Episode, Sampler, SamplingParams, Scenario
+
+PROBED = 4
+"""Different chats that the probe after every sync looks at, or more where the first scenario has more."""
 
 
-def gate_probe(recipe: Recipe, suites: Suites, sampler: HFSampler) -> Probe:
+def make_sampler(recipe: Recipe, policy: Policy) -> HFSampler | TokenSampler:
+    """The recipe's sampler of a policy, with the policy's weights.
+
+    Raises:
+        InputError: the engine is not there, or cannot do what is needed.
+    """
+    settings, model = recipe.sampler, recipe.model
+    if settings.engine == "server":
+        return ServedSampler(policy, service(recipe), settings.model or model.name)
+    if settings.engine == "vllm":
+        return VllmSampler(
+            policy, revision=model.revision, dtype=model.dtype, gpu_memory=settings.gpu_memory, seed=recipe.seed
+        )
+    return HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+
+
+def service(recipe: Recipe) -> Service:
+    """The connection to the recipe's server; raises InputError without a client or a key."""
+    settings = recipe.sampler
+    assert settings.url is not None
+    return Service(
+        settings.url,
+        api_key_env=settings.api_key_env,
+        timeout_s=settings.timeout_s,
+        concurrency=settings.concurrency,
+    )
+
+
+def check_service(recipe: Recipe) -> None:
+    """Find out whether the recipe's server answers, before anything is loaded or written; one request.
+
+    Raises:
+        InputError: no server, no key, or no such model there.
+    """
+    settings = recipe.sampler
+    if settings.engine == "server":
+        check_model_is_served(service(recipe), settings.model or recipe.model.name)
+    elif settings.engine == "api":
+        chat = Chat([{"role": "user", "content": "Hello"}], [], (), (0,))
+        api_sampler(recipe).generate([chat], sampling(recipe))
+
+
+def api_sampler(recipe: Recipe) -> ApiSampler:
+    assert recipe.sampler.model is not None
+    return ApiSampler(service(recipe), recipe.sampler.model)
+
+
+def make_sync_probe(recipe: Recipe, suites: Suites, policy: Policy) -> SyncProbe:
+    """Compares the sampler with the policy on the first round of a few scenarios, for every player in them."""
+    play, chats = training_play(recipe), dict[tuple[str, ...], Chat]()
+    for scenario in suites.gate or suites.held_out:
+        if len(chats) >= PROBED:
+            break
+        env = make_env(
+            scenario, rounds=play.rounds, supervision=play.supervision, seed=0, history_window=play.history_window
+        )
+        for seat, messages in env.observe().items():
+            player = "aligned" if seat in env.frozen else seat if play.population else "policy"
+            prompt = policy.chat.encode(messages, [], env.tools)
+            chats[player, str(prompt)] = Chat(messages, prompt, scenario.options, (0,), player, env.tools)
+    return SyncProbe(list(chats.values()))
+
+
+def gate_probe(recipe: Recipe, suites: Suites, sampler: Sampler) -> Probe:
     """The violations on the gate suite; nothing reported is measured here."""
     played = rollout(suites.gate, sampler, evaluation_play(recipe), group_size=1, seed=(recipe.seed, EVALUATION))
     counted = tally(played.episodes)
@@ -38,8 +109,8 @@ def measure_checkpoint(
     recipe: Recipe,
     run: Run,
     suites: Suites,
-    policy: Policy,
-    sampler: HFSampler,
+    policy: Policy | None,
+    sampler: Sampler,
     *,
     step: int,
     report: Report,
@@ -55,7 +126,7 @@ def measure_checkpoint(
 
 
 def evaluate_suites(
-    recipe: Recipe, suites: Suites, policy: Policy, sampler: HFSampler, *, step: int
+    recipe: Recipe, suites: Suites, policy: Policy | None, sampler: Sampler, *, step: int
 ) -> tuple[dict[str, Any], dict[str, list[Episode]]]:
     """One line of `evaluations.jsonl`, and the episodes of each split."""
     begun, splits, episodes = time.perf_counter(), {}, {}
