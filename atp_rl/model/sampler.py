@@ -18,7 +18,7 @@ from transformers import Cache
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.drafts import Drafts, drafts_of, pad_drafts
 from atp_rl.model.policy import Policy
-from atp_rl.model.portions import portions
+from atp_rl.model.portions import stretches
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.choices import format_choice, parse_choice
 from atp_rl.types import Chat, Completion, InputError, SamplingParams
@@ -27,8 +27,8 @@ from atp_rl.types import Chat, Completion, InputError, SamplingParams
 class HFSampler:
     """Draws replies from a policy's weights, in one batch, with the key-value cache kept from round to round.
 
-    Chats with the same tokens (the G episodes of a group; histories that coincide) are read once. In the next round only
-    what was added to a conversation is read. Every token is drawn with its own random number by inverting the
+    Chats with the same tokens (the G episodes of a group; histories that coincide) are read once. In the next round
+    only what was added to a conversation is read. Every token is drawn with its own random number by inverting the
     cumulative distribution, so a reply does not depend on what else is in the batch.
 
     With a prompt its *drafts* are read in the same forward: the canonical answers of the chat's options, as one tree of
@@ -190,23 +190,27 @@ class HFSampler:
         return scores
 
     def _unique(self, chats: Sequence[Chat], answers: Sequence[_Answers]) -> tuple[list[_Prompt], list[list[int]]]:
-        """What has to be read, each once, and the chats that read it."""
+        """What has to be read, each once, and the chats that read it.
+
+        In the order of what was read before, so that as little as may be is moved; new ones of like length together.
+        """
         chats_of: dict[_Prompt, list[int]] = {}
         for i, (chat, drafted) in enumerate(zip(chats, answers, strict=True)):
             chats_of.setdefault(_Prompt(self._adapter(chat), tuple(chat.prompt_ids), drafted), []).append(i)
-        return list(chats_of), list(chats_of.values())
+        found = dict(zip(chats_of, self._read.find(list(chats_of)), strict=True))
+        prompts = sorted(chats_of, key=lambda prompt: (found[prompt].row, len(prompt.ids)))
+        self._read = self._read.go_on(prompts, [found[prompt] for prompt in prompts])
+        return prompts, [chats_of[prompt] for prompt in prompts]
 
-    def _prefill(self, model, prompts: list[_Prompt]) -> Iterator[tuple[list[int], Tensor]]:
-        """Read the prompts, each from where an earlier reading of its beginning ends, and their drafts.
-
-        `self._read` is then a row for each prompt.
+    def _prefill(self, model, prompts: Sequence[_Prompt]) -> Iterator[tuple[list[int], Tensor]]:
+        """Read what is left of the prompts, a row each, and their drafts.
 
         Yields:
             Some of the rows, and the logits after each prompt and each node of its drafts [B, 1 + T, V].
         """
-        self._read, rest = self._read.find(prompts)
         drafts = [prompt.drafts for prompt in prompts]
-        for rows in portions([len(tokens) + len(d) for tokens, d in zip(rest, drafts, strict=True)]):
+        rest = [prompt.ids[len(read) :] for prompt, read in zip(prompts, self._read.sequences, strict=True)]
+        for rows in stretches([len(tokens) + len(d) for tokens, d in zip(rest, drafts, strict=True)]):
             tokens = [rest[row] for row in rows]
             yield rows, self._read.extend(model, tokens, rows=rows, drafts=[drafts[row] for row in rows])
 
@@ -223,6 +227,17 @@ class _Prompt(NamedTuple):
     @property
     def drafts(self) -> Drafts:
         return drafts_of(self.answers)
+
+
+class _Found(NamedTuple):
+    """What was read of a prompt."""
+
+    row: int
+    """One past the last if nothing was."""
+    path: list[int]
+    """Of the row's drafts, behind its sequence."""
+    length: int
+    """Tokens of the prompt that need not be read again."""
 
 
 @dataclass
@@ -255,34 +270,31 @@ class _Read(Cache):
         """Keys and values of each layer, [B, H, slots, D]."""
         self.slots = 0
 
-    def find(self, prompts: Sequence[_Prompt]) -> tuple[_Read, list[tuple[int, ...]]]:
-        """A row for each prompt that begins with the longest part of it that was read, and what is left to read.
-
-        At least the last token is left, since the logits after it are wanted. This object must not be used any more.
-        """
-        row_of = {
-            (player, ids): row for row, (player, ids) in enumerate(zip(self.players, self.sequences, strict=True))
-        }
-        row_of |= {(self.players[row], self.sequences[row]): row for row, drafts in enumerate(self.drafts) if drafts}
+    def find(self, prompts: Sequence[_Prompt]) -> list[_Found]:
+        """Where the longest part of each prompt that was read lies, its last token not counted: what follows is asked."""
+        keys = list(zip(self.players, self.sequences, strict=True))
+        row_of = dict(zip(keys, range(len(keys)), strict=True))
+        row_of |= {keys[row]: row for row, drafts in enumerate(self.drafts) if drafts}
         ordered = sorted(row_of)
-        rows: list[tuple[int, list[int] | None]] = []
-        kept = []
-        for prompt in prompts:
-            length = _longest_beginning(ordered, prompt.player, prompt.ids)
-            if length is None:
-                rows.append((0, []))
-                kept.append(0)
+        found = []
+        for player, ids, _ in prompts:
+            beginning = _longest_beginning(ordered, player, ids)
+            if beginning is None:
+                found.append(_Found(len(keys), [], 0))
                 continue
-            row = row_of[prompt.player, prompt.ids[:length]]
-            path = self.drafts[row].path(prompt.ids[length:])
-            rows.append((row, path))
-            kept.append(min(length + len(path), len(prompt.ids) - 1))
-        if not any(kept):
-            return _Read(self.policy, [prompt.player for prompt in prompts]), [prompt.ids for prompt in prompts]
-        chosen = self.take(rows)
-        chosen.players = [prompt.player for prompt in prompts]
-        chosen.sequences = [prompt.ids[:n] for prompt, n in zip(prompts, kept, strict=True)]
-        return chosen, [prompt.ids[n:] for prompt, n in zip(prompts, kept, strict=True)]
+            row = row_of[player, beginning]
+            path = self.drafts[row].path(ids[len(beginning) :])
+            found.append(_Found(row, path, min(len(beginning) + len(path), len(ids) - 1)))
+        return found
+
+    def go_on(self, prompts: Sequence[_Prompt], found: Sequence[_Found]) -> _Read:
+        """A row for each prompt, with what was found of it. This object must not be used any more."""
+        if not any(f.length for f in found):
+            return _Read(self.policy, [prompt.player for prompt in prompts])
+        read = self.take([(f.row, f.path) if f.length else (0, []) for f in found])
+        read.players = [prompt.player for prompt in prompts]
+        read.sequences = [prompt.ids[: f.length] for prompt, f in zip(prompts, found, strict=True)]
+        return read
 
     def take(self, wanted: Sequence[tuple[int, list[int] | None]]) -> _Read:
         """Rows, which may repeat, each gone on along a path of its drafts; or left as it is, with its drafts (None).
@@ -323,7 +335,7 @@ class _Read(Cache):
         """Read more tokens in all rows or in the given ones, and drafts after them. All of the sampler's forwards.
 
         Returns:
-            Logits after the last token of each row and after each node of its drafts [B, 1 + T, V], padded on the right.
+            Logits after the last token of each row and after each node of its drafts [B, 1 + T, V], padded right.
         """
         every = list(range(len(self.sequences)))
         rows = every if rows is None else rows
@@ -344,7 +356,8 @@ class _Read(Cache):
         mask = torch.zeros(later.shape, dtype=model.dtype).masked_fill_(later, float("-inf"))
         self._rows = torch.tensor(rows, device=self.device).unsqueeze(1)
         self._slots = slots.to(self.device)
-        self._seen = slice(None) if rows == every else rows, slice(None), slice(used)
+        first, last = rows[0], rows[-1] + 1  # a slice is not copied
+        self._seen = slice(first, last) if rows == every[first:last] else rows, slice(None), slice(used)
         one = len(set(self.players)) == 1
         players = [self.players[row] for row in rows]
         with nullcontext() if one else self.policy.mixed(players):
@@ -380,14 +393,16 @@ class _Read(Cache):
             self.slots += more
 
 
-def _longest_beginning(ordered: Sequence[tuple[str, tuple[int, ...]]], player: str, ids: tuple[int, ...]) -> int | None:
-    """Length of the longest of the player's sequences that `ids` begins with."""
+def _longest_beginning(
+    ordered: Sequence[tuple[str, tuple[int, ...]]], player: str, ids: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The longest of the player's sequences that `ids` begins with."""
     while at := bisect_right(ordered, (player, ids)):
         other, sequence = ordered[at - 1]
         if other != player:
             return None
         if ids[: len(sequence)] == sequence:
-            return len(sequence)
+            return sequence
         # what is looked for is a beginning of both
         ids = ids[: next((i for i, (a, b) in enumerate(zip(ids, sequence, strict=False)) if a != b), len(ids))]
     return None
