@@ -237,7 +237,7 @@ class _Found(NamedTuple):
     path: list[int]
     """Of the row's drafts, behind its sequence."""
     length: int
-    """Tokens of the prompt that need not be read again."""
+    """Tokens of the prompt that need not be read again: never the last one, since the logits after it are wanted."""
 
 
 @dataclass
@@ -271,7 +271,7 @@ class _Read(Cache):
         self.slots = 0
 
     def find(self, prompts: Sequence[_Prompt]) -> list[_Found]:
-        """Where the longest part of each prompt that was read lies, its last token not counted: what follows is asked."""
+        """Where the longest part of each prompt lies that was read."""
         keys = list(zip(self.players, self.sequences, strict=True))
         row_of = dict(zip(keys, range(len(keys)), strict=True))
         row_of |= {keys[row]: row for row, drafts in enumerate(self.drafts) if drafts}
