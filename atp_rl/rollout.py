@@ -84,9 +84,8 @@ def rollout(
             replies = o.replies[seat][len(o.replies[seat]) - asked :]
             written = [reply.token_ids for reply in replies]
             prompt = chat_format.encode(messages, written, o.env.tools) if chat_format else []
-            chats.append(
-                Chat(messages, prompt, o.episode.scenario.options, o.reply_seed(seat), o.player(seat), o.env.tools)
-            )
+            options = o.episode.scenario.options if o.env.names_options else ()
+            chats.append(Chat(messages, prompt, options, o.reply_seed(seat), o.player(seat), o.env.tools))
         completions = sampler.generate(chats, play.sampling)
         for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
             o.take(seat, chat, completion)

@@ -81,6 +81,7 @@ class Chat:
     messages: Sequence[Message]
     prompt_ids: Sequence[int]
     options: tuple[str, ...]
+    """Those of which the reply is to name one; empty where it may be anything else too."""
     seed: Key
     """Entropy of this one reply; the same seed draws the same reply whatever else is in the batch."""
     player: str = "policy"

@@ -181,6 +181,15 @@ def test_a_scenario_that_occurs_twice_is_numbered_on(scenarios):
     assert fate(play([first, first], Script(by_seed), group_size=2)) == large
 
 
+def test_only_where_decisions_are_names_of_options_a_chat_has_them(scenarios):
+    sampler = Script(honest)
+    play(scenarios[:1], sampler)
+    assert {chat.options for call in sampler.calls for chat in call} == {scenarios[0].options}
+    tools = Script(lambda chat: "hm")
+    play(load({"testbed": "tool_use", "problems": "sums", "per_family": 1})[:1], tools, rounds=1)
+    assert {chat.options for call in tools.calls for chat in call} == {()}
+
+
 # --- what is written down
 
 

@@ -1,17 +1,22 @@
 """What the sampler says it drew is what the policy would have drawn, whatever is cached, cut or batched."""
 
+import copy
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
+from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import TINY, Policy, base_path, check_adapter, load_base, load_chat
 from atp_rl.model.sampler import HFSampler, TextSampler
 from atp_rl.model.tiny import BuildPlan, make_model
@@ -19,6 +24,7 @@ from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import load
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.types import Chat, InputError, Sampler, SamplingParams
+from tests import small_model
 
 TOKENS = 12
 """In a reply, at most; most end sooner."""
@@ -62,13 +68,13 @@ def scenarios():
 
 def play(sampler, scenarios, *, rounds=3, window=5, group_size=2, tokens=TOKENS, temperature=1.0, seed=(0, "test")):
     """All turns of all episodes."""
-    settings = Play(
+    how = Play(
         rounds=rounds,
         supervision="alternating",
         history_window=window,
         sampling=SamplingParams(max_new_tokens=tokens, temperature=temperature),
     )
-    played = rollout(scenarios, sampler, settings, group_size=group_size, seed=seed)
+    played = rollout(scenarios, sampler, how, group_size=group_size, seed=seed)
     return [turn for episode in played.episodes for turn in episode.turns]
 
 
@@ -99,6 +105,12 @@ def widths(policy):
 
     policy.model.register_forward_pre_hook(note, with_kwargs=True)
     return shapes
+
+
+def drafted(policy, options):
+    """Tokens in which the options' answers differ, and once each of those that they begin with in common."""
+    answers = [policy.chat.encode_text(format_choice(option)) for option in options]
+    return len({answer[:n] for answer in answers for n in range(1, len(answer) + 1)})
 
 
 def chat_of(policy, text, seed=(0,), options=("Route A", "Route B")):
@@ -145,14 +157,15 @@ def test_later_rounds_read_only_what_was_added(policy, scenarios):
     turns = play(HFSampler(policy), scenarios[:1], rounds=3, group_size=4)
     reads = [shape for shape in shapes if shape[1] > 1]
     by_round = [[t for t in turns if t.round == k] for k in range(3)]
-    assert reads[0] == (1, len(by_round[0][0].prompt_ids))  # the group's common prompt, once
+    drafts = drafted(policy, scenarios[0].options)
+    assert reads[0] == (1, len(by_round[0][0].prompt_ids) + drafts)  # the group's common prompt, once
     for k in (1, 2):
         added = [
             len(now.prompt_ids) - len(before.prompt_ids) - len(before.completion.token_ids) + 1
             for before, now in zip(by_round[k - 1], by_round[k], strict=True)
         ]  # and the last token of the reply, which was drawn but not read
         distinct = len({t.prompt_ids for t in by_round[k]})
-        assert reads[k] == (distinct, max(added))
+        assert reads[k] == (distinct, max(added) + drafts)
         assert max(added) < len(by_round[0][0].prompt_ids) / 2
 
 
@@ -160,7 +173,8 @@ def test_where_the_window_has_cut_the_prompt_is_read_anew(policy, scenarios):
     shapes = widths(policy)
     turns = play(HFSampler(policy), scenarios[:1], rounds=2, window=0, group_size=2)
     reads = [shape for shape in shapes if shape[1] > 1]
-    assert reads == [(1, len(turns[0].prompt_ids)), (1, len(turns[1].prompt_ids))]
+    drafts = drafted(policy, scenarios[0].options)
+    assert reads == [(1, len(turns[0].prompt_ids) + drafts), (1, len(turns[1].prompt_ids) + drafts)]
     agree(turns, logprobs(policy, turns))
 
 
@@ -246,7 +260,7 @@ def test_scoring_and_playing_share_one_reading_and_do_not_disturb_each_other(pol
     fresh = HFSampler(policy)
     fresh.score([chat])
     fresh.generate([chat], SamplingParams(max_new_tokens=1))
-    assert [shape for shape in shapes if shape[1] == len(chat.prompt_ids)] == [(1, len(chat.prompt_ids))]
+    assert shapes == [(1, len(chat.prompt_ids) + drafted(policy, chat.options)), (1, 1)]
 
 
 def test_scores_are_probabilities_of_drawing_the_answer(policy):
@@ -304,6 +318,210 @@ def test_draws_follow_the_distribution(policy, temperature):
     assert chisquare(observed, expected).pvalue > 1e-3
     for completion in completions[:50]:
         assert completion.logprobs == pytest.approx([np.log(p[completion.token_ids[0]])], abs=1e-4)
+
+
+# --- drafts
+
+
+class Undrafted(HFSampler):
+    """The plain way: every token in a forward of its own."""
+
+    def generate(self, chats, params):
+        return super().generate([replace(chat, options=()) for chat in chats], params)
+
+
+@pytest.fixture(scope="session")
+def answering():
+    """Answers in the format, mostly; of families that it has not seen, with options of its own making."""
+    return small_model.make_policy()
+
+
+def beginnings(policy, turns):
+    """How many tokens of each reply are the beginning of an option's answer; None if it is one from start to end."""
+    found = []
+    for turn, options in turns:
+        reply, eos = turn.completion.token_ids, policy.chat.eos_id
+        answers = [(*policy.chat.encode_text(format_choice(option)), eos) for option in options]
+        longest = max(
+            next(
+                (n for n, (a, b) in enumerate(zip(reply, answer, strict=False)) if a != b), min(len(reply), len(answer))
+            )
+            for answer in answers
+        )
+        found.append(None if reply in answers else longest)
+    return found
+
+
+def same_turns(policy, turns, others, *, temperature=1.0):
+    assert drawn(turns) == drawn(others)
+    assert [t.completion.text for t in turns] == [t.completion.text for t in others]
+    assert [t.completion.stop_reason for t in turns] == [t.completion.stop_reason for t in others]
+    assert [t.prompt_ids for t in turns] == [t.prompt_ids for t in others]
+    agree(turns, [t.completion.logprobs for t in others], tolerance=1e-5)
+    agree(turns, logprobs(policy, turns, temperature=temperature))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.6])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_drafts_change_no_reply(answering, scenarios, temperature, group_size):
+    options = {"group_size": group_size, "temperature": temperature, "tokens": 16}
+    ends = Counter()
+    for seed in range(3):
+        turns = play(HFSampler(answering), scenarios, seed=(seed,), **options)
+        plain = play(Undrafted(answering), scenarios, seed=(seed,), **options)
+        same_turns(answering, turns, plain, temperature=temperature)
+        rows = [
+            (t, s.options) for t, s in zip(turns, np.repeat(np.array(scenarios, object), 3 * group_size), strict=True)
+        ]
+        ends.update(beginnings(answering, rows))
+    if temperature == 1.6:
+        assert len(ends) > 3  # replies left the drafts at many places
+    if temperature == 0.5:
+        assert ends[None] > 5  # and followed them to the end
+
+
+def test_replies_that_follow_drafts_take_one_forward_a_round(answering):
+    made = load({"families": ["ferry_pilot"], "per_family": 3})
+    shapes = widths(answering)
+    turns = play(HFSampler(answering), made, rounds=3, group_size=3, temperature=1e-3, tokens=16)
+    assert {t.outcome.verdict for t in turns} <= {"compliance", "violation"}
+    assert len(shapes) == 3
+    plain = play(Undrafted(answering), made, rounds=3, group_size=3, temperature=1e-3, tokens=16)
+    assert drawn(turns) == drawn(plain)
+
+
+@given(
+    options=st.lists(
+        st.sampled_from(["A", "AA", "A A", "A, or B", "Route", "Route A", "Route Aardvark", "B", "{", "a longer one"]),
+        min_size=1, max_size=4, unique=True,
+    ),
+    texts=st.lists(st.sampled_from(["Which?", "Route A or Route B?", "And now?"]), min_size=1, max_size=6),
+    tokens=st.integers(1, 20),
+    batch=st.integers(1, 7),
+    seed=st.integers(0, 1 << 30),
+    temperature=st.sampled_from([0.3, 1.0, 1.5]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_whatever_the_options_the_batch_and_the_limit(answering, options, texts, tokens, batch, seed, temperature):
+    chats = [
+        replace(chat_of(answering, text, (seed, i), tuple(options)), player=("policy", "aligned")[i % 3 == 1])
+        for i, text in enumerate(texts)
+    ]
+    params = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+    sampler, plain = HFSampler(answering, batch_size=batch), Undrafted(answering)
+    for _ in range(2):
+        replies, expected = sampler.generate(chats, params), plain.generate(chats, params)
+        for reply, other in zip(replies, expected, strict=True):
+            assert (reply.token_ids, reply.stop_reason) == (other.token_ids, other.stop_reason)
+            assert reply.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        after = answering.chat.encode_text("<|im_end|>\n<|im_start|>user\nAgain?<|im_end|>\n<|im_start|>assistant\n")
+        chats = [
+            replace(chat, prompt_ids=[*chat.prompt_ids, *reply.token_ids, *after], seed=(*chat.seed, 1))
+            for chat, reply in zip(chats, replies, strict=True)
+        ]
+
+
+def test_options_of_other_chats_with_the_same_prompt_do_not_matter(answering):
+    first = chat_of(answering, "Which?", options=("Route A",))
+    chats = [replace(first, seed=(i,), options=(("Route A",), ("Route B",))[i % 2]) for i in range(40)]
+    sampler = HFSampler(answering, mode="choice")
+    alone = [sampler.generate([chat], SamplingParams(16))[0] for chat in chats]
+    together = HFSampler(answering, mode="choice").generate(chats, SamplingParams(16))
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+
+def test_rows_beyond_the_batch_enter_as_others_end(policy):
+    chats = [chat_of(policy, "Which?", (i,)) for i in range(12)]
+    shapes = widths(policy)
+    replies = HFSampler(policy, batch_size=5).generate(chats, SamplingParams(TOKENS))
+    assert {c.stop_reason for c in replies} == {"stop", "length"}
+    decoded = [rows for rows, width in shapes if width == 1]
+    assert max(decoded) == 5
+    waiting = sum(len(c.token_ids) - 1 for c in replies)
+    assert sum(decoded) <= waiting  # what follows a draft by chance is not decoded
+    full = [rows for rows in decoded if rows == 5]
+    assert decoded == full + decoded[len(full) :]  # the batch is full until nothing waits
+    assert [c.token_ids for c in replies] == [
+        c.token_ids for c in HFSampler(policy).generate(chats, SamplingParams(TOKENS))
+    ]
+
+
+# --- choice mode
+
+
+def test_a_reply_in_choice_mode_is_the_free_one_cut_where_it_leaves_the_drafts(answering, scenarios):
+    cut = 0
+    for seed in range(4):
+        shapes = widths(answering)
+        turns = play(HFSampler(answering, mode="choice"), scenarios, rounds=1, group_size=8, seed=(seed,), tokens=16)
+        assert len(shapes) == 1
+        plain = play(HFSampler(answering), scenarios, rounds=1, group_size=8, seed=(seed,), tokens=16)
+        rows = [(t, s.options) for t, s in zip(plain, np.repeat(np.array(scenarios, object), 8), strict=True)]
+        for turn, free, n in zip(turns, plain, beginnings(answering, rows), strict=True):
+            if n is None:
+                assert turn.completion == free.completion
+                continue
+            cut += 1
+            assert turn.completion.token_ids == free.completion.token_ids[: n + 1]
+            assert turn.completion.logprobs == pytest.approx(free.completion.logprobs[: n + 1], abs=1e-5)
+            assert turn.outcome.verdict == "invalid"
+            ended = turn.completion.token_ids[-1] == answering.chat.eos_id
+            assert turn.completion.stop_reason == ("stop" if ended else "length")
+        agree(turns, logprobs(answering, turns))
+    assert 10 < cut < 4 * 4 * 8 - 10
+
+
+def test_choice_mode_plays_several_rounds_with_what_was_read(answering, scenarios):
+    turns = play(HFSampler(answering, mode="choice"), scenarios, rounds=4, group_size=4, tokens=16)
+    agree(turns, logprobs(answering, turns))
+    assert {t.outcome.verdict for t in turns} == {"compliance", "violation", "invalid"}
+
+
+@pytest.mark.parametrize("mode", ["free", "choice"])
+def test_options_are_drawn_as_often_as_their_probabilities_say(answering, mode):
+    (scenario,) = load({"families": ["ferry_pilot"], "per_family": 1, "first_index": 5})
+    n = 3000
+    turns = play(HFSampler(answering, mode=mode), [scenario], rounds=1, group_size=n, tokens=16)
+    chat = Chat([], turns[0].prompt_ids, scenario.options, (0,))
+    p = np.exp(HFSampler(answering).score([chat])[0])
+    canonical = [(*answering.chat.encode_text(format_choice(o)), answering.chat.eos_id) for o in scenario.options]
+    counts = [drawn(turns).count(answer) for answer in canonical]
+    outside = 1 - p.sum()
+    assert 0.001 < outside < 0.9
+    assert chisquare([*counts, n - sum(counts)], [*p * n, outside * n]).pvalue > 1e-3
+    if mode == "choice":
+        assert [sum(t.outcome.choice == o for t in turns) for o in scenario.options] == counts
+        assert sum(t.outcome.verdict == "invalid" for t in turns) == n - sum(counts)
+
+
+def test_another_spelling_of_an_option_is_no_decision_in_choice_mode(answering, monkeypatch):
+    # `"}` in two tokens, say: free sampling may write it, but `score` does not count it
+    (scenario,) = load({"families": ["ferry_pilot"], "per_family": 1})
+    sampler = HFSampler(answering, mode="choice")
+    monkeypatch.setattr(answering.chat, "decode", lambda ids: format_choice(scenario.options[0]))
+    turns = play(sampler, [scenario], rounds=1, group_size=64, temperature=2.0, tokens=16)
+    cut = [t for t in turns if t.completion.stop_reason == "length"]
+    assert 0 < len(cut) < 64
+    assert {(t.completion.text, t.outcome.verdict) for t in cut} == {("", "invalid")}
+
+
+def test_choice_mode_is_refused_where_it_cannot_work(answering):
+    sampler = HFSampler(answering, mode="choice")
+    with pytest.raises(InputError, match="choice mode needs decisions that are names of options"):
+        sampler.generate([chat_of(answering, "Which?", options=())], SamplingParams(4))
+    thinking = copy.copy(answering)
+    thinking.chat = ChatFormat(answering.chat.tokenizer, thinking=True)
+    with pytest.raises(InputError, match="a model that thinks cannot be sampled in choice mode"):
+        HFSampler(thinking, mode="choice")
+
+
+def test_no_drafts_are_read_of_a_model_that_thinks(answering):
+    thinking = copy.copy(answering)
+    thinking.chat = ChatFormat(answering.chat.tokenizer, thinking=True)
+    chat = chat_of(thinking, "Which?")
+    shapes = widths(answering)
+    (reply,) = HFSampler(thinking).generate([chat], SamplingParams(3, temperature=1e-3))
+    assert shapes == [(1, len(chat.prompt_ids))] + [(1, 1)] * (len(reply.token_ids) - 1)
 
 
 # --- which weights

@@ -48,7 +48,7 @@ def make_sampler(recipe: Recipe, policy: Policy) -> HFSampler | TokenSampler:
         return VllmSampler(
             policy, revision=model.revision, dtype=model.dtype, gpu_memory=settings.gpu_memory, seed=recipe.seed
         )
-    return HFSampler(policy, batch_size=recipe.evaluate.batch_size)
+    return HFSampler(policy, batch_size=recipe.evaluate.batch_size, mode=settings.mode)
 
 
 def service(recipe: Recipe) -> Service:

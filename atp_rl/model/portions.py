@@ -16,3 +16,16 @@ def portions(lengths: Sequence[int], *, most: int = TOKENS_AT_ONCE) -> list[list
             parts.append([])
         parts[-1].append(row)
     return [sorted(rows) for rows in parts]
+
+
+def stretches(lengths: Sequence[int], *, most: int = TOKENS_AT_ONCE) -> list[list[int]]:
+    """The same for rows that stay in order, each part of neighbours."""
+    parts: list[list[int]] = []
+    longest = 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not parts or (len(parts[-1]) + 1) * longest > most:
+            parts.append([])
+            longest = length
+        parts[-1].append(row)
+    return parts

@@ -33,6 +33,8 @@ class Env:
     """Those that a policy plays."""
     frozen: tuple[str, ...] = ()
     """Seats that the frozen aligned adapter plays, whatever the others learn."""
+    names_options: bool = True
+    """Whether every reply is to be a decision, written as the name of one of the scenario's options."""
     runs_tools: bool = False
     """Whether `step` waits for other processes, so that it pays to step many environments side by side."""
     tools: tuple[Mapping[str, Any], ...] = ()

@@ -142,6 +142,7 @@ class TextEnv(Env):
     """The single seat `agent` in an environment of `testbed`: to its end, or for `rounds` decisions."""
 
     seats = ("agent",)
+    names_options = False
 
     def __init__(
         self, scenario: Scenario, testbed: TextTestbed, *, seed: Key, group_seed: Key | None = None, **played: Any

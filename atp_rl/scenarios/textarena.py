@@ -30,6 +30,7 @@ class TextArena(Env):
         self.scenario, self.rules = scenario, scenario.extra.get("game", {})
         if missing := [key for key in ("id", "players", "talk", "scores", "settings") if key not in self.rules]:
             raise InputError(f"scenario {scenario.id!r}: `extra.game` lacks {', '.join(missing)}")
+        self.names_options = not self.rules["talk"]
         self.seats = tuple(f"player_{i}" for i in range(self.rules["players"]))
         self.at = [Seat(scenario, seed=(*seed, s), group_seed=group_seed, **played) for s in self.seats]
         start = int(random_stream(*(seed if group_seed is None else group_seed), "reset").integers(2**31))

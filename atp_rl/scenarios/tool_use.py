@@ -73,6 +73,7 @@ class ToolUse(Env):
     """
 
     seats = ("agent",)
+    names_options = False
     runs_tools = True
 
     def __init__(

@@ -68,6 +68,11 @@ def ours(policy: Policy, work: Work) -> Played:
     return _play(HFSampler(policy), work.scenarios, work.group_size, work.play)
 
 
+def ours_in_choice_mode(policy: Policy, work: Work) -> Played:
+    """The same, with every reply that does not follow an option's answer cut where it leaves it."""
+    return _play(HFSampler(policy, mode="choice"), work.scenarios, work.group_size, work.play)
+
+
 def eight_copies(policy: Policy, work: Work) -> Played:
     """A copy of the model for every seat, one conversation in a batch: the paper's way."""
     return Played(*seats.play(seats.CopiesSampler(_copies())))
@@ -131,10 +136,12 @@ def measure(repeats: int, report: Callable[[str], None]) -> list[dict[str, Any]]
             Row(evaluation_work(), "one conversation at a time, generate", one_at_a_time),
             Row(evaluation_work(), "batched generate", batched_generate),
             Row(evaluation_work(), "atp_rl.rollout", ours),
+            Row(evaluation_work(), "atp_rl.rollout, choice mode", ours_in_choice_mode),
         ],
         [
             Row(training_work(), "batched generate", batched_generate),
             Row(training_work(), "atp_rl.rollout", ours),
+            Row(training_work(), "atp_rl.rollout, choice mode", ours_in_choice_mode),
         ],
         [
             Row(seats_work(), "eight copies of the model, one conversation at a time", eight_copies),
