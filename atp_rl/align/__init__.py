@@ -14,7 +14,7 @@ from peft import LoraConfig
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
 from atp_rl.align.trainer import Metrics, trl_config
-from atp_rl.model.policy import Policy
+from atp_rl.model.policy import Policy, Quantize
 from atp_rl.model.sampler import HFSampler
 from atp_rl.scenarios import Supervision
 from atp_rl.types import SamplingParams, Scenario
@@ -40,6 +40,7 @@ def run_alignment(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     thinking: bool = False,
+    quantize: Quantize | None = None,
 ) -> Metrics:
     """Make pairs with the base model, train an adapter on them, and write both to `out`.
 
@@ -49,7 +50,7 @@ def run_alignment(
 
     Args:
         scenarios: those of the training split.
-        base, revision, dtype, thinking: the model, as in `Policy.load`.
+        base, revision, dtype, thinking, quantize: the model, as in `Policy.load`.
         trl_options: options of TRL's config for this method.
         rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
         batch_size: conversations that are sampled at once (memory only, never the result).
@@ -62,7 +63,9 @@ def run_alignment(
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
     print(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
-    policy = Policy.load(base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking)
+    policy = Policy.load(
+        base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking, quantize=quantize
+    )
     preferences = make_pairs(
         scenarios,
         HFSampler(policy, batch_size=batch_size),  # a fresh adapter changes nothing: this is the base
@@ -96,6 +99,7 @@ def run_alignment(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        quantize=quantize,
     )
     gc.collect()  # and evolution loads one again
     if torch.cuda.is_available():

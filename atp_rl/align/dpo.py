@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from atp_rl.align.trainer import Metrics, fit, trl_config
+from atp_rl.model.policy import Quantize
 
 
 def train(
@@ -22,6 +23,7 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    quantize: Quantize | None = None,
 ) -> Metrics:
     """Train with TRL's DPOTrainer; the reference policy is the base model.
 
@@ -29,7 +31,8 @@ def train(
     and add an SFT term (`loss_type: [sigmoid, sft]`) where it grows.
 
     Args:
-        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
+        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype`, `thinking`
+            and `quantize`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
         trl_options: options of `trl.DPOConfig`.
@@ -44,4 +47,15 @@ def train(
         | {"chat_template_kwargs": {"enable_thinking": thinking}}
         for pair in pairs
     ]
-    return fit(DPOTrainer, base, rows, config, out=out, lora=lora, revision=revision, dtype=dtype, thinking=thinking)
+    return fit(
+        DPOTrainer,
+        base,
+        rows,
+        config,
+        out=out,
+        lora=lora,
+        revision=revision,
+        dtype=dtype,
+        thinking=thinking,
+        quantize=quantize,
+    )

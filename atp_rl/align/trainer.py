@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from atp_rl.model.policy import adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
+from atp_rl.model.policy import Quantize, adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
 from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.types import InputError
@@ -70,6 +70,7 @@ def fit(
     revision: str | None,
     dtype: str,
     thinking: bool,
+    quantize: Quantize | None,
     **arguments: Any,
 ) -> Metrics:
     """Train a fresh adapter on the base model and write it to `out`, with TRL's log as `training.jsonl`.
@@ -96,7 +97,7 @@ def fit(
     begun = time.perf_counter()
     set_seed(config.seed)  # before the adapter is made: its first weights are random
     trainer = trainer_class(
-        model=load_base(base, revision=revision, dtype=dtype),
+        model=load_base(base, revision=revision, dtype=dtype, quantize=quantize),
         args=config,
         train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
         processing_class=load_chat(base, revision=revision, thinking=thinking).tokenizer,
@@ -111,10 +112,10 @@ def fit(
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if trainable == 0:
         raise RuntimeError("the adapter has no trainable parameter")
-    before = hash_tensors(adapter_tensors(trainer.model, "default"))
+    before = hash_tensors(_adapter(trainer))
     with shown:
         result = trainer.train()
-    adapter = adapter_tensors(trainer.model, "default")
+    adapter = _adapter(trainer)
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
     if hash_tensors(adapter) == before:
@@ -132,6 +133,11 @@ def fit(
         "trainable_parameters": trainable,
         "adapter_sha256": hash_tensors(adapter),
     }
+
+
+def _adapter(trainer: Any) -> dict[str, torch.Tensor]:
+    """The weights in single precision, as PEFT loads them; on a quantized base TRL trains them in bf16."""
+    return {name: tensor.float() for name, tensor in adapter_tensors(trainer.model, "default").items()}
 
 
 class _Progress(TrainerCallback):

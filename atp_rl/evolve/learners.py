@@ -14,7 +14,7 @@ from torch import Tensor
 from atp_rl.defenses import Defense, LossBatch
 from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
-from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
+from atp_rl.model.optimizer_state import OptimizerName, make_optimizer, optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.types import Episode, Group, Turn
 
@@ -108,6 +108,7 @@ class PolicyGradient:
         policy: Policy,
         *,
         learning_rate: float,
+        optimizer: OptimizerName = "adamw",
         warmup_steps: int,
         weight_decay: float,
         max_grad_norm: float,
@@ -127,7 +128,7 @@ class PolicyGradient:
         self.loss_type: LossType = loss_type
         self.max_tokens, self.temperature, self.imitation = max_tokens, temperature, imitation
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        adamw = torch.optim.AdamW(policy.trainable, lr=learning_rate, weight_decay=weight_decay)
+        adamw = make_optimizer(optimizer, policy.trainable, learning_rate=learning_rate, weight_decay=weight_decay)
         self.optimizer = self.accelerator.prepare(adamw)
         self.updates = 0
 
@@ -282,6 +283,10 @@ class _Batch:
         unique_of = [index.setdefault((row.ids, row.acted, row.player), len(index)) for row, _ in self.rows]
         self.unique = len(index)
         keys, size = list(index), micro_batch or len(index)
+        if micro_batch:  # rows of about one length are padded little
+            keys.sort(key=lambda key: len(key[0]))
+            place = {key: i for i, key in enumerate(keys)}
+            unique_of = [place[row.ids, row.acted, row.player] for row, _ in self.rows]
         self.chunks = []
         for start in range(0, len(keys), size):
             chosen = [i for i, unique in enumerate(unique_of) if start <= unique < start + size]
