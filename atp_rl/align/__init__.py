@@ -14,7 +14,7 @@ from peft import LoraConfig
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
 from atp_rl.align.trainer import Metrics, trl_config
-from atp_rl.model.policy import Policy, Quantize
+from atp_rl.model.policy import Policy, Quantize, load_chat
 from atp_rl.model.sampler import HFSampler
 from atp_rl.scenarios import Supervision
 from atp_rl.types import SamplingParams, Scenario
@@ -59,10 +59,12 @@ def run_alignment(
         `pairs`, `prompts`, `dropped` (prompts without a pair) and the metrics of `trainer.fit`.
 
     Raises:
-        InputError: a bad option of TRL (before anything is sampled), no pair at all, or a training that led nowhere.
+        InputError: a bad option of TRL or a template that it cannot use (before anything is sampled), no pair at all,
+            or a training that led nowhere.
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
     print(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
+    load_chat(base, revision=revision, thinking=thinking).check_rendering(rounds, replies=method != "grpo")
     policy = Policy.load(
         base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking, quantize=quantize
     )

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.mixture import BASE, mixture
 from atp_rl.model.token_logprobs import token_logprobs
+from atp_rl.model.training_templates import training_template
 from atp_rl.types import InputError
 
 TINY = "tiny"
@@ -52,7 +53,7 @@ def base_path(name: str) -> str:
 
 
 def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
-    """The tokenizer and the chat template of a model.
+    """The tokenizer and the chat template of a model, or ours for a known one; those of an adapter are never read.
 
     Raises:
         InputError: the model is not there, or its template cannot be used.
@@ -61,6 +62,8 @@ def load_chat(name: str, *, revision: str | None = None, thinking: bool = False)
         tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = training_template(tokenizer.chat_template) or tokenizer.chat_template
     return ChatFormat(tokenizer, thinking=thinking)
 
 
@@ -217,7 +220,7 @@ class Policy:
     def acted_distribution(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, A, V] of every token where one was acted, in the model's type, and the mask [B, A]; no gradient."""
+        """Logits [B, A, V] of every token where one was acted, in the model's type, and mask [B, A]; no gradient."""
         with torch.no_grad():
             logits, _, mask = self._acted_logits(rows, acted, players)
             return logits, mask
@@ -317,7 +320,7 @@ def load_base(
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # else bitsandbytes packs the weights anew in the first forward on a CPU, and has no gradient for those
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - unknown to the type checker
         return model
     if cuda:
         torch.nn.Module.cuda(model)
