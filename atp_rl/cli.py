@@ -52,7 +52,10 @@ def run(
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     suites = pipeline.check(resolved)
     if dry_run:
-        print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
+        from atp_rl.memory_plan import memory_lines
+
+        plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites)]
+        print("\n".join(plan), dump(resolved), sep="\n\n", end="")
         return
     _finish(pipeline.run(resolved))
 

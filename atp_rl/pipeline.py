@@ -370,6 +370,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
             revision=recipe.model.revision,
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
+            quantize=recipe.model.quantize,
         )
         (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         temporary.rename(folder)

@@ -64,8 +64,8 @@ def chat(mode, folders) -> ChatFormat:
     return load_chat(folders[name], thinking=thinking)
 
 
-def rendered(chat: ChatFormat, messages: list[dict[str, Any]], *, template: str | None = None, **options: Any) -> str:
-    options = {"add_generation_prompt": True, "enable_thinking": chat.thinking} | options
+def rendered(chat: ChatFormat, messages: list[dict[str, Any]], *, template: str | None = None, **changed: Any) -> str:
+    options: Any = {"add_generation_prompt": True, "enable_thinking": chat.thinking} | changed
     return chat.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
 
 
@@ -233,7 +233,8 @@ def test_trl_takes_our_templates_as_they_are(folders):
 def test_the_template_renders_what_the_rounds_of_an_environment_splice_together(testbed, window, chat):
     (scenario, *_) = load_scenarios({"testbed": testbed, "per_family": 1})
     env = make_env(scenario, rounds=4, supervision="alternating", seed=0, history_window=window)
-    seat, said, seen = env.seats[0], [], 0
+    seat, seen = env.seats[0], 0
+    said: list[str] = []
     texts = itertools.cycle(WORDS[chat.thinking])
     while pending := env.observe():
         messages: list[Message] = pending[seat]

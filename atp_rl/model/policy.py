@@ -52,14 +52,18 @@ def base_path(name: str) -> str:
     return str(Path(__file__).parent / SHIPPED[name]) if name in SHIPPED else name
 
 
-def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
+def load_chat(
+    name: str, *, revision: str | None = None, thinking: bool = False, local_files_only: bool = False
+) -> ChatFormat:
     """The tokenizer and the chat template of a model, or ours for a known one; those of an adapter are never read.
 
     Raises:
         InputError: the model is not there, or its template cannot be used.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_path(name), revision=revision, trust_remote_code=False, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     if isinstance(tokenizer.chat_template, str):
