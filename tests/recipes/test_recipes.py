@@ -116,7 +116,7 @@ STEMS = ["collusion", "dpo", "evaluate", "grpo", "qlora", "role_play", "tool_use
 
 
 def test_both_8b_models_have_the_same_recipes():
-    assert [name(path) for path in EIGHT_B] == [f"{model}/{stem}" for model in HUB for stem in STEMS]
+    assert {name(path) for path in EIGHT_B} == {f"{model}/{stem}" for model in HUB for stem in STEMS}
 
 
 @pytest.mark.parametrize("path", [path for path in EIGHT_B if path.stem != "qlora"], ids=name)
