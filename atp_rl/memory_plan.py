@@ -44,7 +44,11 @@ def memory_lines(recipe: Recipe, suites: Suites) -> list[str]:
     except (OSError, ValueError, InputError):
         fetch = f"`hf download {model.name} --include '*.json' '*.jinja'` fetches them"
         return [f"memory: not estimated, since configuration and tokenizer of {model.name} are not here; {fetch}"]
-    shape = shape_of(config, lora_config(recipe))
+    try:
+        shape = shape_of(config, lora_config(recipe))
+    except (AttributeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return [f"memory: not estimated, since the formulae are for decoders with gated MLPs: {reason}"]
     here = torch.cuda.is_available()
     gpu = torch.cuda.get_device_properties(0).total_memory if here else ASSUMED_GPU
     phases = [*_align(recipe, suites, shape, chat), *_evolve(recipe, suites, shape, chat)]

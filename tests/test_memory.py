@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from atp_rl import pipeline
 from atp_rl.memory_plan import memory_lines
@@ -245,6 +245,14 @@ def test_without_the_configuration_a_dry_run_says_so_and_goes_on(tmp_path, monke
     assert "not estimated, since configuration and tokenizer of meta-llama/Llama-3.1-8B-Instruct are not here" in line
     assert "max_new_tokens: 256" in output
     assert "Retrying" not in output + errors  # the Hub is not asked
+
+
+def test_a_model_of_another_kind_is_not_estimated(tmp_path):
+    shutil.copytree(base_path("tiny"), tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
+    GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path / "gpt2")
+    recipe = load([str(RECIPES / "tiny" / "role_play.yaml"), f"model.name={tmp_path / 'gpt2'}"])
+    (line,) = memory_lines(recipe, pipeline.suites_of(recipe))
+    assert line.startswith("memory: not estimated, since the formulae are for decoders with gated MLPs")
 
 
 def test_the_table_names_what_is_too_large():

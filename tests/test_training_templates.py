@@ -120,9 +120,10 @@ SAID = {"role": "assistant", "content": '{"choice": "A"}'}
 @pytest.mark.parametrize("tools", [None, [SCHEMA], [SCHEMA, SCHEMA]])
 @pytest.mark.parametrize("messages", [[SYSTEM, USERS[0]], [USERS[0]], [SYSTEM, *USERS], [USERS[0], SYSTEM, USERS[1]]])
 def test_prompts_before_the_first_reply_are_those_of_the_stock_template(messages, tools, chat, mode):
-    for options in ({}, {"add_generation_prompt": False}):
-        ours = rendered(chat, messages, tools=tools, **options)
-        assert ours == rendered(chat, messages, tools=tools, template=stock(mode[0]), **options)
+    for prompt in (True, False):
+        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
+        ours = rendered(chat, messages, **options)
+        assert ours == rendered(chat, messages, **options | {"template": stock(mode[0])})
         assert len(ours) > 30
 
 
