@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +35,9 @@ app.add_typer(scenarios_cli.app, name="scenarios")
 RecipeArgs = Annotated[list[str], typer.Argument(help="YAML files and key.sub=value overrides; later ones win.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
 RunDirs = Annotated[list[Path], typer.Argument(help="Directories of runs, or of a demo.")]
+Launch = Annotated[
+    Path | None, typer.Option("--launch", help="Configuration of `accelerate launch`, which then starts every stage.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and print the plan; load and write nothing.")]
 
 
@@ -43,35 +48,42 @@ def run(
     overlay: Annotated[
         list[str] | None, typer.Option("--overlay", "-o", help="YAML file laid over the others; overrides still win.")
     ] = None,
+    launch: Launch = None,
 ) -> None:
     """Run all stages of a recipe: align, evolve, evaluate."""
     from atp_rl import pipeline
     from atp_rl.recipe import dump, load
+    from atp_rl.tracking.run import Run
 
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
-    suites = pipeline.check(resolved)
     if dry_run:
         from atp_rl.memory_plan import memory_lines
 
+        suites = pipeline.check(resolved)
+        Run.check_new(Path(resolved.run.dir))
         plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites)]
         print("\n".join(plan), dump(resolved), sep="\n\n", end="")
-        return
-    _finish(pipeline.run(resolved))
+    elif launch:
+        from atp_rl.launch import run
+
+        _finish(run(resolved, launch))
+    else:
+        _finish(pipeline.run(resolved))
 
 
 @app.command()
-def align(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+def align(recipe: RecipeArgs, dry_run: DryRun = False, launch: Launch = None) -> None:
     """Run the alignment stage alone; `evolve.start_from=RUN/aligned` uses its adapter afterwards."""
     from atp_rl.recipe import load
 
     if load(recipe).align is None:
         raise InputError("the recipe has no `align` section; nothing to align")
-    run([*recipe, "evolve=null"], dry_run)
+    run([*recipe, "evolve=null"], dry_run, launch=launch)
 
 
 @app.command()
-def evolve(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
+def evolve(recipe: RecipeArgs, dry_run: DryRun = False, launch: Launch = None) -> None:
     """Run the evolution stage alone, from an adapter that exists or from the bare base."""
     from atp_rl.recipe import load
 
@@ -80,15 +92,24 @@ def evolve(recipe: RecipeArgs, dry_run: DryRun = False) -> None:
         raise InputError("the recipe has no `evolve` section; nothing to evolve")
     if resolved.evolve.start_from == "aligned" and not (resolved.align and resolved.align.adapter):
         raise InputError("`evolve.start_from`: give an adapter directory or `base`; `atp run` aligns first")
-    run(recipe, dry_run)
+    run(recipe, dry_run, launch=launch)
 
 
 @app.command()
-def resume(path: RunDir) -> None:
+def resume(
+    path: RunDir,
+    launch: Launch = None,
+    stage: Annotated[Literal["align", "evolve"] | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
     """Continue an interrupted run, bit for bit."""
-    from atp_rl import pipeline
+    if launch:
+        from atp_rl.launch import resume
 
-    _finish(pipeline.resume(path))
+        _finish(resume(path, launch))
+    else:
+        from atp_rl import pipeline
+
+        _finish(pipeline.resume(path, stage=stage))
 
 
 @app.command()
@@ -113,7 +134,9 @@ def report(
     """Write one self-contained HTML file about one or several runs."""
     from atp_rl.tracking.report import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html"))
+    place = out or runs[0] / "report.html"
+    with _writing(place):
+        print(write_report(runs, place))
 
 
 @app.command()
@@ -176,10 +199,21 @@ def build(
     from atp_rl.model.tiny_card import write_card
     from atp_rl.tracking.progress import progress
 
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     plan = dataclasses.replace(model.PLANS[testbed], seed=seed)
     with progress(plan.steps, "tiny build") as show:
         model.build(out, plan, report=lambda step, phase, loss: show(step, f"{phase}  loss {loss:.3f}"))
     print(write_card(out))
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """A place that cannot be written to is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error}); choose another place") from None
 
 
 def _finish(path: Path) -> None:
@@ -188,13 +222,16 @@ def _finish(path: Path) -> None:
 
     if (path / "summary.json").exists():
         _print(table(expand([path])))
-    print(path)
+    _print(path)
 
 
 def _print(renderable: object) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+    from atp_rl import ranks
+
+    if ranks.is_first():
+        Console(width=None if sys.stdout.isatty() else 160).print(renderable)
 
 
 def main() -> None:
@@ -203,8 +240,13 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
+    command: Callable[[], None] = app
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        command = record(app)  # torchrun then ends all ranks with the message of the one that failed first
     try:
-        app()
+        command()
     except InputError as error:
         print(f"atp: {error}", file=sys.stderr)
         sys.exit(2)

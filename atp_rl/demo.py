@@ -22,7 +22,9 @@ from atp_rl.tracking.report import write_report
 from atp_rl.tracking.run import Interrupted, write_atomically
 from atp_rl.types import InputError
 
-RECIPES = Path(atp_rl.__file__).parent.parent / "recipes"
+PACKAGE = Path(atp_rl.__file__).parent
+RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
+"""Those of the wheel, or else of the checkout."""
 ROLE_PLAY = RECIPES / "tiny" / "role_play.yaml"
 SEEDS = (0, 1, 2)
 
@@ -54,15 +56,16 @@ def run_demo(out: Path, *, workers: int) -> None:
         InputError: `out` holds something else.
         Interrupted: a signal came; the same command continues.
     """
-    if not ROLE_PLAY.exists():
-        raise InputError("the demo reads the recipes of a source checkout; clone the repository and run it there")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is not a directory; choose another one with --out")
     if out.exists() and any(out.iterdir()) and not (out / "align").exists():
         raise InputError(f"{out}: is not empty and holds no demo; choose another folder with --out")
     begun, complete = time.perf_counter(), (out / "summary.json").exists()
     missing = [member for member in MEMBERS if not (out / member.folder / "summary.json").exists()]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error}); choose another folder with --out") from None
     if not (out / "align" / "aligned").exists():
         print("aligning the tiny model with DPO", flush=True)
         _atp("align", out / "align", [ROLE_PLAY], [], threads=workers)

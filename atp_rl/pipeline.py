@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 import reward_models
+from atp_rl import ranks
 from atp_rl.align import run_alignment
 from atp_rl.align.conversation import best_paid_option
 from atp_rl.align.trainer import trl_config
@@ -34,7 +33,7 @@ from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.tracking.progress import progress
-from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_border
+from atp_rl.tracking.run import Interrupted, Run, check_manifest, rename_durably, stop_at_step_border
 from atp_rl.tracking.summary import summarise
 from atp_rl.tracking.wandb_mirror import WandbMirror, resolve_mode
 from atp_rl.types import InputError, SamplingParams
@@ -46,8 +45,6 @@ def check(recipe: Recipe) -> Suites:
     Raises:
         InputError: scenario files, defenses, W&B mode, TRL options, reward models, adapters, model directory.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
-        raise InputError("a run is one process on one GPU; start one, and choose with CUDA_VISIBLE_DEVICES=0")
     if recipe.align is None and recipe.evolve is None:
         raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
@@ -164,6 +161,26 @@ def _adapters(recipe: Recipe) -> list[Path]:
     return aligned if start in ("aligned", "base") else [*aligned, Path(start)]
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths for what it reads, so that the run can be resumed from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and os.path.abspath(path)
+
+    model, world, align, evolve = recipe.model, recipe.scenarios, recipe.align, recipe.evolve
+    if base_path(model.name) == model.name and os.path.isdir(model.name):
+        model = model.model_copy(update={"name": absolute(model.name)})
+    world = world.model_copy(update={"paper": absolute(world.paper), "file": absolute(world.file)})
+    if align:
+        align = align.model_copy(update={"adapter": absolute(align.adapter)})
+    if evolve and evolve.start_from not in ("aligned", "base"):
+        evolve = evolve.model_copy(update={"start_from": absolute(evolve.start_from)})
+    if evolve and evolve.deviants:
+        deviants = evolve.deviants.model_copy(update={"adapter": absolute(evolve.deviants.adapter)})
+        evolve = evolve.model_copy(update={"deviants": deviants})
+    return recipe.model_copy(update={"model": model, "scenarios": world, "align": align, "evolve": evolve})
+
+
 def suites_of(recipe: Recipe, *, trained_on: bool | None = None) -> Suites:
     """The suites of a recipe; `trained_on` says whether its file is learned from, where the recipe's stages do not."""
     world, measured = recipe.scenarios, recipe.evaluate
@@ -222,6 +239,16 @@ def run(recipe: Recipe) -> Path:
         InputError: before the directory is made.
         Interrupted: after a signal; `resume` continues.
     """
+    ranks.join()
+    return _stages(recipe, *start(recipe))
+
+
+def start(recipe: Recipe) -> tuple[Run, Suites]:
+    """Check a recipe and make its run directory.
+
+    Raises:
+        InputError: before the directory is made.
+    """
     suites = check(recipe)
     model = recipe.model
     lora = lora_config(recipe)
@@ -232,42 +259,75 @@ def run(recipe: Recipe) -> Path:
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             shape = f"model.lora.r={rank} model.lora.alpha={alpha}"
             raise InputError(f"{adapter}: has another shape than `model.lora`, and keeps it; set {shape}")
-    directory = Run.create(Path(recipe.run.dir), dump(recipe))
-    return _stages(recipe, directory, suites)
+    recipe = with_absolute_paths(recipe)
+    world = recipe.scenarios
+    inputs = [Path(file) for file in (world.paper, world.file) if file]
+    return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe), inputs=inputs)), suites
 
 
-def resume(path: Path) -> Path:
-    """Continue an interrupted run from its last checkpoint; a complete one is left as it is."""
+Stage = Literal["align", "evolve"]
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """Those of a recipe that do something."""
+    align, evolve = recipe.align, recipe.evolve
+    trains = align is not None and align.method is not None and align.adapter is None
+    found: list[Stage] = ["align"] if trains and (evolve is None or evolve.start_from == "aligned") else []
+    return [*found, "evolve"] if evolve else found
+
+
+def resume(path: Path, *, stage: Stage | None = None) -> Path:
+    """Continue an interrupted run from its last checkpoint; a complete one is left as it is.
+
+    Args:
+        stage: the last one to run; None is all of them.
+    """
+    ranks.join()
     directory = Run.open(path)
     recipe = load([str(path / "recipe.yaml")])
-    if directory.complete:
+    if ranks.from_first(lambda: directory.complete):
         return path
-    return _stages(recipe, directory, suites_of(recipe))
+    ranks.from_first(directory.check_inputs)
+    return _stages(recipe, directory, suites_of(recipe), stage=stage)
 
 
-def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
-    evolving = recipe.evolve
-    with ExitStack() as stack:
-        stack.enter_context(run.locked())
-        stop = stack.enter_context(stop_at_step_border())
-        run.mirror = stack.enter_context(
-            WandbMirror.open(
-                recipe.track.wandb,
-                run_dir=run.path,
-                project=recipe.track.project,
-                group=recipe.track.group,
-                job_type="evolve" if evolving else "align",
-                name=f"{Path(recipe.model.name).name}-{recipe.scenarios.testbed}-{run_name(recipe)}-seed{recipe.seed}",
-                tags=recipe.track.tags,
-                config=recipe.model_dump(),
-                quiet=False,
-            )
+def check_wrapper(recipe: Recipe, wrapper: ranks.Wrapper) -> None:
+    """Raises InputError where the base weights would be spread in a way that a stage cannot run with."""
+    if recipe.evolve and wrapper == "zero3":
+        raise InputError(
+            "evolution samples from the model as it learns, which DeepSpeed's ZeRO-3 does not allow; use "
+            "launch/accelerate/fsdp2.yaml, which shards the base weights too, or ddp.yaml"
         )
-        _align(recipe, run, suites)
+
+
+def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = None) -> Path:
+    evolving = None if stage == "align" else recipe.evolve
+    if evolving:
+        check_wrapper(recipe, ranks.wrapper())
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(run.locked()))
+        stop = stack.enter_context(stop_at_step_border())
+        stack.enter_context(run.marked_if_interrupted())
+        if ranks.is_first():
+            run.mirror = stack.enter_context(
+                WandbMirror.open(
+                    recipe.track.wandb,
+                    run_dir=run.path,
+                    project=recipe.track.project,
+                    group=recipe.track.group,
+                    job_type="evolve" if evolving else "align",
+                    name=f"{Path(recipe.model.name).name}-{recipe.scenarios.testbed}-{run_name(recipe)}"
+                    f"-seed{recipe.seed}",
+                    tags=recipe.track.tags,
+                    config=recipe.model_dump(),
+                    quiet=False,
+                )
+            )
+        _align(recipe, run, suites, stop=lambda: bool(stop))
+        if ranks.any_rank(bool(stop)):
+            raise Interrupted(f"stopped after alignment; `atp resume {run.path}` continues")
         if evolving is None:
             return run.path
-        if stop:
-            raise Interrupted(f"stopped after alignment; `atp resume {run.path}` continues")
         report = stack.enter_context(progress(evolving.steps, run_name(recipe)))
         evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
@@ -278,11 +338,13 @@ def _stages(recipe: Recipe, run: Run, suites: Suites) -> Path:
             "learner": evolving.learner,
             "complete": True,
         }
-        summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
-        run.write_summary(summary)
-        run.mirror.summary(summary)
-        last = run.checkpoint_folders()[-1]
-        run.mirror.artifact(last, f"{run_name(recipe)}-seed{recipe.seed}-adapter", "adapter")
+        if run.mirror:
+            summary = identity | summarise(run.lines("evaluations.jsonl"), run.lines("metrics.jsonl"))
+            run.write_summary(summary)
+            run.mirror.summary(summary)
+            if recipe.track.artifacts == "last":
+                run.mirror_adapter(run.checkpoint_folders()[-1])
+        ranks.any_rank(False)  # the others wait until everything is written
     return run.path
 
 
@@ -300,6 +362,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     Raises:
         InputError: no such checkpoint, or none at all; other seats than those of the run's population.
     """
+    ranks.join()
     run = Run.open(path)
     recipe = load([str(path / "recipe.yaml"), *overrides])
     if recipe.evolve is None:
@@ -331,8 +394,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
             sampler.sync(policy)
             record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
             records.append(record | {"overrides": list(overrides)})
-            with (path / "reevaluations.jsonl").open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
+            run.log_reevaluation(records[-1])
             report(len(records), f"step {step}")
     return records
 
@@ -347,12 +409,23 @@ def _anchor(recipe: Recipe, run: Run) -> Path | None:
     return run.path / "aligned"
 
 
-def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
-    """Make the aligned adapter, if the recipe asks for one and it is not there yet."""
+def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]) -> None:
+    """Make the aligned adapter, if the recipe asks for one and it is not there yet.
+
+    Raises:
+        Interrupted: `stop` said so after one of its steps; nothing of it is kept.
+    """
+
+    def at_step() -> None:
+        if ranks.any_rank(stop()):
+            raise Interrupted(f"stopped within alignment; `atp resume {run.path}` begins it again")
+
     settings, folder = recipe.align, run.path / "aligned"
-    if settings and settings.method and _anchor(recipe, run) == folder and not folder.exists():
+    if "align" in stages(recipe) and not ranks.from_first(folder.exists):
+        assert settings is not None
+        assert settings.method is not None
         temporary = run.path / ".aligned.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        ranks.from_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         metrics = run_alignment(
             settings.method,
             suites.align,
@@ -371,6 +444,11 @@ def _align(recipe: Recipe, run: Run, suites: Suites) -> None:
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
             quantize=recipe.model.quantize,
+            at_step=at_step,
         )
-        (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        temporary.rename(folder)
+
+        def finish() -> None:
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            rename_durably(temporary, folder)
+
+        ranks.from_first(finish)

@@ -373,6 +373,15 @@ class Track(_Strict):
     """W&B group: the study this run belongs to."""
     tags: list[Name] = []
     """W&B tags."""
+    artifacts: Literal["none", "last", "all"] = "last"
+    """Adapters that W&B keeps as versions of an artifact: none, the last checkpoint's, or every checkpoint's."""
+
+
+def _check_keep(value: Any) -> Any:
+    if value != "all" and (type(value) is not int or value < 1):
+        got = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        raise ValueError(f"must be all, or how many of the last checkpoints stay (1 or more), got {got}")
+    return value
 
 
 class Run(_Strict):
@@ -382,8 +391,8 @@ class Run(_Strict):
     """Run directory; refused if already used, unless resuming."""
     name: Name | None = None
     """What tables call this run (its arm); null is the directory's name."""
-    keep: Literal["all", "last"] = "all"
-    """Checkpoints that stay on disk."""
+    keep: Annotated[Literal["all"] | Count, BeforeValidator(_check_keep)] = "all"
+    """Checkpoints that stay on disk: `all`, or so many of the last ones (a resume needs the last)."""
 
 
 class Recipe(_Strict):

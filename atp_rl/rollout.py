@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from atp_rl import ranks
 from atp_rl.scenarios import Supervision, Told, make_env
 from atp_rl.types import Chat, Completion, Episode, Group, Key, Message, Sampler, SamplingParams, Scenario, Turn
 
@@ -55,22 +56,25 @@ def rollout(
     seed: Key,
     on_prompt: Sequence[PromptHook] = (),
 ) -> Rollout:
-    """Play `group_size` episodes of every scenario to their end.
+    """Play `group_size` episodes of every scenario to their end; each rank whole groups, and all ranks get all of them.
 
     Args:
         seed: the stream of all episodes. An episode draws from (seed, scenario id, sample) alone, so it is the same in
             whatever batch it is played. Where a scenario occurs twice, its samples are numbered on.
         on_prompt: the defenses' changes to what is read.
     """
-    begun, tokens = time.perf_counter(), 0
+    begun = time.perf_counter()
     chat_format = getattr(sampler, "chat", None)
-    sample = Counter[str]()
-    open_episodes: list[_Open] = []
+    times = Counter[str]()
+    numbered: list[tuple[Scenario, int]] = []
     for scenario in scenarios:
-        for _ in range(group_size):
-            open_episodes.append(_Open(scenario, sample[scenario.id], play, seed, sampler.version))
-            sample[scenario.id] += 1
-    episodes = [o.episode for o in open_episodes]
+        numbered.append((scenario, times[scenario.id] * group_size))
+        times[scenario.id] += 1
+    open_groups = [
+        [_Open(scenario, first + i, play, seed, sampler.version) for i in range(group_size)]
+        for scenario, first in ranks.share(numbered)
+    ]
+    open_episodes = [o for group in open_groups for o in group]
     while pending := [(o, seat, messages) for o in open_episodes for seat, messages in o.env.observe().items()]:
         chats: list[Chat] = []
         for o, seat, messages in pending:
@@ -84,7 +88,6 @@ def rollout(
                 Chat(messages, prompt, o.episode.scenario.options, o.reply_seed(seat), o.player(seat), o.env.tools)
             )
         completions = sampler.generate(chats, play.sampling)
-        tokens += sum(len(c.token_ids) for c in completions)
         for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
             o.take(seat, chat, completion)
         if any(o.env.runs_tools for o in open_episodes):
@@ -93,7 +96,8 @@ def rollout(
         else:
             for o in open_episodes:
                 o.step()
-    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    groups = ranks.gather([[o.episode for o in group] for group in open_groups])
+    tokens = sum(len(t.completion.token_ids) for group in groups for episode in group for t in episode.turns)
     return Rollout(groups, tokens, time.perf_counter() - begun)
 
 

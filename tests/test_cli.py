@@ -13,11 +13,14 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from atp_rl import demo
+from atp_rl import demo, pipeline
 from atp_rl.cli import main
 from atp_rl.model.policy import base_path
-from atp_rl.recipe import json_schema
-from atp_rl.tracking.run import Interrupted
+from atp_rl.recipe import Recipe, dump, json_schema, load
+from atp_rl.scenarios import load as load_scenarios
+from atp_rl.scenarios.files import write_jsonl
+from atp_rl.tracking.run import Interrupted, StopFlag
+from tests import small_model
 from tests.command_line import ROLE_PLAY, SMALL, atp
 
 
@@ -93,6 +96,59 @@ def test_a_stage_alone_starts_where_another_one_ended(made, tmp_path):
     atp("evolve", ROLE_PLAY, *SMALL, "evolve.start_from=first/aligned", "run.dir=second", cwd=tmp_path)
     last = "checkpoints/step_0002/adapter_model.safetensors"
     assert (tmp_path / "second" / last).read_bytes() == (made / "run" / last).read_bytes()
+
+
+def test_a_run_can_be_resumed_from_another_folder(call, tmp_path, monkeypatch):
+    """Nothing in its recipe depends on where it was started, and an adapter fits its model however that was written."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for source, name in ((small_model.base(), "model"), (small_model.aligned(), "adapter")):
+        shutil.copytree(source, there / name)
+    config = json.loads((there / "adapter" / "adapter_config.json").read_text())
+    (there / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./model"}))
+    world = load_scenarios({"families": ["ferry_pilot", "archivist", "welder"], "per_family": 4})
+    write_jsonl(world, there / "world.jsonl")
+    settings = ("scenarios.file=world.jsonl", "scenarios.families=null", "evaluate.every=1", "evolve.steps=2")
+    paths = ("model.name=./model", "evolve.start_from=adapter", "run.dir=run")
+    recipe = small_model.small_recipe(there, *settings, *paths)
+    monkeypatch.chdir(there)
+    asked = iter([False, False, True])  # before alignment and the first step; before the second
+    monkeypatch.setattr(StopFlag, "__bool__", lambda flag: next(asked, False))
+    with pytest.raises(Interrupted, match="stopped after step 1 of 2"):
+        pipeline.run(recipe)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    call("resume", there / "run")
+    assert json.loads((there / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_every_path_of_a_recipe_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tiny").mkdir()  # a shipped model comes before a folder of its name
+    given = [
+        "scenarios.file=f.jsonl", "align.adapter=a", "evolve.start_from=s", "evolve.learner=population",
+        "evolve.steps=1", "evolve.deviants={count: 1, adapter: d}", "run.dir=run",
+    ]  # fmt: skip
+    made = pipeline.with_absolute_paths(load([*given, "model.name=model"]))
+    assert made.evolve is not None
+    assert made.evolve.deviants is not None
+    assert made.align is not None
+    found = (made.model.name, made.scenarios.file, made.align.adapter, made.evolve.start_from)
+    assert (*found, made.evolve.deviants.adapter) == tuple(
+        str(tmp_path / name) for name in ("model", "f.jsonl", *"asd")
+    )
+    assert made.run.dir == "run"
+    assert load_back(made) == made
+    for name, start in (("tiny", "aligned"), ("Qwen/Qwen3-8B", "base")):
+        kept = load(["align.method=dpo", f"model.name={name}", "evolve.steps=1", f"evolve.start_from={start}"])
+        assert pipeline.with_absolute_paths(kept) == kept
+    paper = pipeline.with_absolute_paths(load(["scenarios.paper=data/p.json"]))
+    assert paper.scenarios.paper == str(tmp_path / "data" / "p.json")
+
+
+def load_back(recipe: Recipe) -> Recipe:
+    Path("recipe.yaml").write_text(dump(recipe))
+    return load(["recipe.yaml"])
 
 
 def test_resuming_a_complete_run_changes_nothing(made, call):

@@ -50,6 +50,13 @@ def test_no_arguments_give_the_defaults():
     assert (recipe.model.name, recipe.align, recipe.evolve, recipe.defenses) == ("tiny", None, None, [])
 
 
+@pytest.mark.parametrize(("text", "keep"), [("all", "all"), ("1", 1), ("3", 3)])
+def test_all_checkpoints_stay_or_so_many(text, keep):
+    recipe = load([f"run.keep={text}"])
+    assert recipe.run.keep == keep
+    assert load([write(dump(recipe))]) == recipe
+
+
 def test_later_arguments_win():
     one = write("seed: 1\nevolve: {steps: 7, rewards: {payoff: 1.0}}", "one.yaml")
     two = write("seed: 2\nevolve: {rewards: {compliance: 0.5}}", "two.yaml")
@@ -235,6 +242,10 @@ def test_an_override_past_the_end_of_a_list():
             "`model.lora.target_modules[1]` must be a string, got 3; put it in quotes",
         ),
         ("model=null", "`model` must be a mapping, got null"),
+        ("run.keep=last", "`run.keep` must be all, or how many of the last checkpoints stay (1 or more), got 'last'"),
+        ("run.keep=0", "`run.keep` must be all, or how many of the last checkpoints stay (1 or more), got 0"),
+        ("run.keep=true", "`run.keep` must be all, or how many of the last checkpoints stay (1 or more), got true"),
+        ("run.keep=2.0", "`run.keep` must be all, or how many of the last checkpoints stay (1 or more), got 2.0"),
         ("run.dir.x=3", '`run.dir` must be a string, got {"x": 3}'),
         ("defenses=kl_anchor", "`defenses` must be a list, got 'kl_anchor'"),
         ("defenses=[{beta: 1}]", "`defenses[0].name` is required"),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, adapter, tensors, {"version": step, "probe": [1, 4], "defenses": [{}]})
 
 
-def save(run: Run, step: int, *, keep: str = "all") -> Path:
+def save(run: Run, step: int, *, keep: Literal["all"] | int = "all") -> Path:
     return run.save_checkpoint(checkpoint(step), lora(), "some/model", keep=keep)
 
 
@@ -52,7 +52,7 @@ def test_a_new_run_says_what_it_is(run):
     assert names(run.path) == {"recipe.yaml", "environment.json", "command.txt"}
     assert (run.path / "recipe.yaml").read_text() == "seed: 0\n"
     environment = json.loads((run.path / "environment.json").read_text())
-    assert set(environment) == {"git", "python", "platform", "cpus", "versions"}
+    assert set(environment) == {"git", "python", "platform", "cpus", "gpus", "versions", "inputs"}
     assert {"torch", "trl", "peft", "transformers"} < set(environment["versions"])
     assert not run.complete
 
@@ -130,13 +130,13 @@ def test_of_kept_checkpoints_only_the_last_may_stay(run):
     for step in (0, 1):
         save(run, step)
     assert names(run.path / "checkpoints") == {"step_0000", "step_0001"}
-    save(run, 2, keep="last")
+    save(run, 2, keep=1)
     assert names(run.path / "checkpoints") == {"step_0002"}
 
 
 def test_a_step_can_be_saved_again(run):
     save(run, 3)
-    run.save_checkpoint(checkpoint(3)._replace(state={"version": 99}), lora(), "some/model", keep="last")
+    run.save_checkpoint(checkpoint(3)._replace(state={"version": 99}), lora(), "some/model", keep=1)
     last = run.last_checkpoint()
     assert last is not None
     assert last.state == {"version": 99}
@@ -147,7 +147,7 @@ class PowerCut(Exception):
     pass
 
 
-@pytest.mark.parametrize("keep", ["all", "last"])
+@pytest.mark.parametrize("keep", ["all", 1])
 @pytest.mark.parametrize("victim", ["write_adapters", "save_file", "_sha256", "_fsync", "rename"])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(victim, keep, run, monkeypatch):
     save(run, 1)
@@ -164,7 +164,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(victim, keep, run, mo
     # what is left over does not stand in the way of the next attempt
     save(run, 2, keep=keep)
     assert last_step(run) == 2
-    assert names(run.path / "checkpoints") == ({"step_0002"} if keep == "last" else {"step_0001", "step_0002"})
+    assert names(run.path / "checkpoints") == ({"step_0002"} if keep == 1 else {"step_0001", "step_0002"})
 
 
 def damage(file: Path, how: str) -> None:

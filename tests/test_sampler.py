@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -538,6 +539,25 @@ def test_an_adapter_of_the_tiny_model_may_name_it_or_its_folder(adapter):
     edit(adapter, base_model_name_or_path=None)
     with pytest.raises(InputError, match="made for the base model None, not for 'tiny'"):
         check_adapter(adapter, TINY)
+
+
+def test_a_directory_of_the_base_model_may_be_written_in_several_ways(adapter, random_base, tmp_path, monkeypatch):
+    folder = Path(random_base)
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    for name in (
+        f"./{folder.name}",
+        f"{folder.parent.name}/{folder.name}",
+        f"../{folder.name}",
+        str(tmp_path / "link"),
+    ):
+        edit(adapter, base_model_name_or_path=name)
+        for base in (random_base, f"./{folder.name}"):
+            check_adapter(adapter, base)
+    for name in (".", "..", f"other/{folder.name}", f"/other/{folder.name}", str(tmp_path)):
+        edit(adapter, base_model_name_or_path=name)
+        with pytest.raises(InputError, match="made for the base model"):
+            check_adapter(adapter, random_base)
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -36,7 +37,13 @@ with start("offline", quiet=False) as mirror:
     mirror.log_table("eval/table", ["family", "rate"], [("a", 0.5), ("b", None)])
     mirror.alert("tipping", "rate 0.6")
     mirror.summary({"tipping/step": 10})
-    mirror.artifact(Path("note.txt"), "note", "text")
+    for step in (5, 10):
+        Path("weights").write_text(f"of step {step}")
+        files = {"adapter_model.safetensors": Path("weights"), "seat_1/adapter_config.json": Path("config")}
+        manifest = {"adapter_model.safetensors": {"bytes": 9}}
+        metadata = {"step": step, "violation_rate": {"held_out": 0.5}}
+        mirror.adapter(files, manifest=manifest, step=step, metadata=metadata)
+        Path("weights").unlink()  # as `run.keep` may
 assert random.getstate() == before
 """
 RESUMED = """
@@ -75,7 +82,7 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was logged offline, failed after its resume, and was offline both times."""
     folder = tmp_path_factory.mktemp("wandb")
-    (folder / "note.txt").write_text("hello")
+    (folder / "config").write_text("{}")
     first = run_python(folder, FIRST)
     assert (first.returncode, first.stderr) == (0, "")
     assert [line.split(" `")[0] for line in first.stdout.splitlines()] == ["W&B: offline; upload with"]
@@ -101,18 +108,71 @@ def test_metrics_are_on_the_axis_of_their_step(files: list[Path]) -> None:
     ]
 
 
-def test_tables_alerts_and_artifacts_are_recorded(files: list[Path]) -> None:
+def test_tables_and_alerts_are_recorded(files: list[Path]) -> None:
     records = read_back(files[0])
     [table] = [row["item"] for row in of_type(records, "history") if "eval/table.path" in row["item"]]
     assert (table["progress/step"], table["eval/table.nrows"]) == (10, 2)
     content = json.loads((files[0].parent / "files" / table["eval/table.path"]).read_text())
     assert content == {"columns": ["family", "rate"], "data": [["a", 0.5], ["b", None]]}
     assert [(a["title"], a["text"]) for a in of_type(records, "alert")] == [("tipping", "rate 0.6")]
-    [artifact] = [a for a in of_type(records, "artifact") if a["name"] == "note"]
-    [entry] = artifact["manifest"]["contents"]
-    staged = Path(entry["local_path"])
-    assert staged.read_text() == "hello"
-    assert staged.is_relative_to(files[0].parents[1])  # the run directory alone is enough for `wandb sync`
+
+
+def staged(artifact: dict[str, Any]) -> dict[str, str]:
+    """The files of an artifact that waits for its upload."""
+    return {entry["path"]: Path(entry["local_path"]).read_text() for entry in artifact["manifest"]["contents"]}
+
+
+def test_every_adapter_is_a_version_of_one_artifact(files: list[Path]) -> None:
+    versions = [a for a in of_type(read_back(files[0]), "artifact") if a["type"] == "model"]
+    assert [a["name"] for a in versions] == ["tiny-role_play-gate-0-adapter"] * 2
+    assert [set(a["aliases"]) for a in versions] == [{"latest", "step-5"}, {"latest", "step-10"}]
+    assert [json.loads(a["metadata"]) for a in versions] == [
+        {"step": step, "violation_rate": {"held_out": 0.5}} for step in (5, 10)
+    ]
+    assert [staged(a)["adapter_model.safetensors"] for a in versions] == ["of step 5", "of step 10"]
+    assert set(staged(versions[0])) == {"adapter_model.safetensors", "seat_1/adapter_config.json", "manifest.json"}
+    assert json.loads(staged(versions[0])["manifest.json"]) == {"adapter_model.safetensors": {"bytes": 9}}
+    run_folder = files[0].parents[1]  # alone enough for `wandb sync`
+    for entry in versions[0]["manifest"]["contents"]:
+        assert Path(entry["local_path"]).is_relative_to(run_folder)
+
+
+@pytest.fixture(scope="module")
+def evolved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a run of four steps, measured at every second, for each choice of `track.artifacts`."""
+    folder = tmp_path_factory.mktemp("evolved")
+    code = """
+from atp_rl import pipeline
+from tests.small_model import small_recipe
+for choice in ("none", "last", "all"):
+    wanted = ["track.wandb=offline", f"track.artifacts={choice}", "run.name=what a/name", "run.keep=3"]
+    pipeline.run(small_recipe(Path(choice), *wanted, steps=4))
+"""
+    done = run_python(folder, code)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("choice", "steps"), [("none", []), ("last", [4]), ("all", [0, 2, 4])])
+def test_a_run_gives_wandb_the_adapters_that_the_recipe_asks_for(evolved: Path, choice: str, steps: list[int]) -> None:
+    run = evolved / choice
+    [file] = run.glob("wandb/offline-run-*/run-*.wandb")
+    versions = [a for a in of_type(read_back(file), "artifact") if a["type"] == "model"]
+    metadata = [json.loads(a["metadata"]) for a in versions]
+    assert [each["step"] for each in metadata] == steps
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    rates = {e["step"]: {name: s["violation"]["value"] for name, s in e["splits"].items()} for e in evaluations}
+    for artifact, facts in zip(versions, metadata, strict=True):
+        checkpoint = run / "checkpoints" / f"step_{facts['step']:04d}"
+        weights = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
+        assert set(weights) == {"adapter_model.safetensors", "adapter_config.json", "manifest.json"}
+        content = (checkpoint / "adapter_model.safetensors").read_bytes()
+        assert weights["adapter_model.safetensors"].read_bytes() == content
+        assert facts["sha256"] == {"adapter_model.safetensors": hashlib.sha256(content).hexdigest()}
+        assert facts["violation_rate"] == rates[facts["step"]]
+        assert facts["anchor"] == json.loads((checkpoint / "state.json").read_text())["anchor"]
+        assert artifact["name"].endswith("-what-a-name-seed0-adapter")
 
 
 def test_config_names_and_summary(files: list[Path]) -> None:
@@ -140,7 +200,7 @@ with start({mode!r}) as mirror:
     mirror.log_table("t", ["a"], [[1]])
     mirror.alert("a", "b")
     mirror.summary({{"a": 1}})
-    mirror.artifact(Path("none"), "a", "b")
+    mirror.adapter({{"adapter": Path("none")}}, manifest={{}}, step=0, metadata={{}})
 print("wandb" in sys.modules)
 """
     done = run_python(tmp_path, code, **env)

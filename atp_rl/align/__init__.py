@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 
+from atp_rl import ranks
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
 from atp_rl.align.trainer import Metrics, trl_config
@@ -41,6 +42,7 @@ def run_alignment(
     dtype: Literal["float32", "bfloat16"] = "float32",
     thinking: bool = False,
     quantize: Quantize | None = None,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Make pairs with the base model, train an adapter on them, and write both to `out`.
 
@@ -54,6 +56,7 @@ def run_alignment(
         trl_options: options of TRL's config for this method.
         rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
         batch_size: conversations that are sampled at once (memory only, never the result).
+        at_step: called between the steps of both parts; what it raises ends the alignment.
 
     Returns:
         `pairs`, `prompts`, `dropped` (prompts without a pair) and the metrics of `trainer.fit`.
@@ -63,8 +66,9 @@ def run_alignment(
             or a training that led nowhere.
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
-    print(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
     load_chat(base, revision=revision, thinking=thinking).check_rendering(rounds, replies=method != "grpo")
+    say = print if ranks.is_first() else lambda *_, **__: None
+    say(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
     policy = Policy.load(
         base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking, quantize=quantize
     )
@@ -77,15 +81,17 @@ def run_alignment(
         tries=tries,
         seed=seed,
         sampling=sampling,
+        at_step=at_step,
     )
     del policy
     gc.collect()  # the trainer loads its own copy of the base
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(preferences.pairs, out / "pairs.jsonl")
-    (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
-    print(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
+    if ranks.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(preferences.pairs, out / "pairs.jsonl")
+        (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
+    say(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
     train, rows = {
         "sft": (sft.train, preferences.pairs),
         "dpo": (dpo.train, preferences.pairs),
@@ -102,6 +108,7 @@ def run_alignment(
         dtype=dtype,
         thinking=thinking,
         quantize=quantize,
+        at_step=at_step,
     )
     gc.collect()  # and evolution loads one again
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def train(
     dtype: str = "float32",
     thinking: bool = False,
     quantize: Quantize | None = None,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's DPOTrainer; the reference policy is the base model.
 
@@ -35,6 +36,7 @@ def train(
             and `quantize`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.DPOConfig`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -58,4 +60,5 @@ def train(
         dtype=dtype,
         thinking=thinking,
         quantize=quantize,
+        at_step=at_step,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def train(
     dtype: str = "float32",
     thinking: bool = False,
     quantize: Quantize | None = None,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's GRPOTrainer on `reward_models.compliance`; the reference policy, with `beta` > 0, is the base.
 
@@ -33,6 +34,7 @@ def train(
             and `quantize`.
         prompts: with `options` and `required`, as `make_pairs` makes them (pairs will do too).
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.GRPOConfig`; its `beta` defaults to 0, which is no reference at all.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -52,5 +54,6 @@ def train(
         dtype=dtype,
         thinking=thinking,
         quantize=quantize,
+        at_step=at_step,
         reward_funcs=compliance,
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atp_rl import ranks
 from atp_rl.align.conversation import SIDES, Conversation, best_paid_option
 from atp_rl.scenarios import Supervision, Told
 from atp_rl.types import InputError, Sampler, SamplingParams, Scenario
@@ -40,16 +41,18 @@ def make_pairs(
     tries: int,
     seed: int,
     sampling: SamplingParams,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Preferences:
     """Ask `sampler` for both answers to every round of every scenario, from the first seat's place.
 
     A conversation goes on with one of its two answers, picked by a coin, so that later prompts hold mixed histories; it
     ends where one is missing. All open prompts share one batched `generate` a try; every draw depends on (seed,
-    scenario id, round, side, try) alone.
+    scenario id, round, side, try) alone. Ranks share the asking.
 
     Args:
         rounds, supervision, history_window: as in `make_env`.
         tries: most attempts at one answer.
+        at_step: called before each; what it raises ends the asking.
     """
     tempting = [s for s in scenarios if s.rule is not None and best_paid_option(s) != s.rule]
     talks = [Conversation(s, rounds, supervision, history_window, seed) for s in tempting]
@@ -63,9 +66,9 @@ def make_pairs(
             ]
             if not open_asks:
                 break
-            completions = sampler.generate(
-                [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks], sampling
-            )
+            at_step()
+            chats = [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks]
+            completions = ranks.gather(sampler.generate(ranks.share(chats), sampling))
             for (talk, told), completion in zip(open_asks, completions, strict=True):
                 counts[told].update(talk.take(told, completion))
         for talk in talks:

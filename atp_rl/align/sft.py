@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def train(
     dtype: str = "float32",
     thinking: bool = False,
     quantize: Quantize | None = None,
+    at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's SFTTrainer on `prompt` and `chosen` of every pair; the loss is that of the answer alone.
 
@@ -32,6 +33,7 @@ def train(
             and `quantize`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
+        at_step: as in `trainer.fit`.
         trl_options: options of `trl.SFTConfig`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
@@ -59,4 +61,5 @@ def train(
         dtype=dtype,
         thinking=thinking,
         quantize=quantize,
+        at_step=at_step,
     )

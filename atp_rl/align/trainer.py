@@ -6,15 +6,16 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from atp_rl import ranks
 from atp_rl.model.policy import Quantize, adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
 from atp_rl.tracking.progress import Report, progress, silent
@@ -71,6 +72,7 @@ def fit(
     dtype: str,
     thinking: bool,
     quantize: Quantize | None,
+    at_step: Callable[[], None],
     **arguments: Any,
 ) -> Metrics:
     """Train a fresh adapter on the base model and write it to `out`, with TRL's log as `training.jsonl`.
@@ -79,6 +81,7 @@ def fit(
 
     Args:
         rows: the training set, in the format of `trainer_class`.
+        at_step: called after every step, on every process; what it raises ends the training.
         arguments: further ones of `trainer_class`.
 
     Returns:
@@ -106,16 +109,16 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
     shown = ExitStack()
-    trainer.add_callback(_Progress(trainer_class.__name__, shown))
+    trainer.add_callback(_Progress(trainer_class.__name__, shown, at_step))
     if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
         raise RuntimeError("the trainer's reference policy is not the base model")
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if trainable == 0:
         raise RuntimeError("the adapter has no trainable parameter")
-    before = hash_tensors(_adapter(trainer))
+    before = hash_tensors(_single(adapter_tensors(trainer.model, "default")))
     with shown:
         result = trainer.train()
-    adapter = _adapter(trainer)
+    adapter = _single(_trained(trainer))
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
     if hash_tensors(adapter) == before:
@@ -123,9 +126,10 @@ def fit(
             "alignment changed nothing: no step was taken, the learning rate was 0, or (grpo) the replies to a prompt "
             "always got the same reward, as those of a model do that never answers in the format"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_adapter(adapter, trainer.model.peft_config["default"], base, out)
-    (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    if ranks.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_adapter(adapter, trainer.model.peft_config["default"], base, out)
+        (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return {
         "train_loss": result.training_loss,
         "steps": result.global_step,
@@ -135,16 +139,25 @@ def fit(
     }
 
 
-def _adapter(trainer: Any) -> dict[str, torch.Tensor]:
-    """The weights in single precision, as PEFT loads them; on a quantized base TRL trains them in bf16."""
-    return {name: tensor.float() for name, tensor in adapter_tensors(trainer.model, "default").items()}
+def _single(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """In single precision, as PEFT loads it; on a quantized base TRL trains it in bf16."""
+    return {name: tensor.float() for name, tensor in adapter.items()}
+
+
+def _trained(trainer: Any) -> dict[str, Any]:
+    """The adapter after training, whole on every rank also where FSDP or ZeRO-3 has spread it over them."""
+    if ranks.wrapper() not in ("fsdp2", "zero3"):
+        return adapter_tensors(trainer.model, "default")
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on the first rank; empty on the others
+    adapter = get_peft_model_state_dict(trainer.model, state_dict=whole, adapter_name="default") if whole else {}
+    return ranks.from_first(lambda: {key: value.cpu() for key, value in adapter.items()})
 
 
 class _Progress(TrainerCallback):
-    """Shows the steps of a trainer as every other stage shows its own; ends with `until`."""
+    """Shows the steps of a trainer as every other stage shows its own, and calls `at_step`; ends with `until`."""
 
-    def __init__(self, label: str, until: ExitStack) -> None:
-        self.label, self.until = label, until
+    def __init__(self, label: str, until: ExitStack, at_step: Callable[[], None]) -> None:
+        self.label, self.until, self.at_step = label, until, at_step
         self.report: Report = silent
         self.news = ""
 
@@ -157,3 +170,4 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.report(state.global_step, self.news)
+        self.at_step()

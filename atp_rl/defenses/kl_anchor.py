@@ -17,7 +17,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from atp_rl import ranks
 from atp_rl.defenses.base import Defense, LossBatch
+from atp_rl.model.policy import Policy
 from atp_rl.types import InputError
 
 KLEstimator = Literal["k3", "bias_corrected"]
@@ -59,3 +61,6 @@ class KLAnchor(Defense):
         kl = (kl_to_anchor(batch.logprobs, anchor, batch.old_logprobs, self.estimator) * batch.weights).sum()
         self.metrics["kl"] += kl.item()
         return self.beta * kl
+
+    def after_update(self, policy: Policy, step: int) -> None:
+        self.metrics = dict(zip(self.metrics, ranks.total(list(self.metrics.values())), strict=True))

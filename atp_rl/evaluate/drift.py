@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from atp_rl import ranks
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.model.portions import portions
 from atp_rl.model.token_logprobs import divergence
@@ -23,7 +24,7 @@ def kl_to_aligned(policy: Policy, turns: Sequence[Turn]) -> float | None:
     for turn in turns:
         key = ((*turn.prompt_ids, *turn.completion.token_ids), len(turn.prompt_ids), turn.player)
         count[key] = count.get(key, 0) + 1
-    total, keys = 0.0, list(count)
+    total, keys = 0.0, ranks.share(list(count))
     for part in portions([len(ids) for ids, _, _ in keys]):
         chunk = [keys[i] for i in part]
         rows = [ids for ids, _, _ in chunk]
@@ -34,7 +35,7 @@ def kl_to_aligned(policy: Policy, turns: Sequence[Turn]) -> float | None:
         kl = divergence(own, aligned).masked_fill(~mask, 0.0).sum(1)
         weights = torch.tensor([count[key] for key in chunk], device=kl.device)
         total += (kl * weights).sum().item()
-    return total / len(turns) if turns else None
+    return ranks.total([total])[0] / len(turns) if turns else None
 
 
 def adapter_distance(state: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from atp_rl import ranks
 from atp_rl.evaluate.diffusion import Game, spread
 from atp_rl.evaluate.drift import kl_to_aligned
 from atp_rl.evaluate.stats import Rate, cluster_rate, wilson
@@ -274,7 +275,7 @@ def decision_propensity(
             prompt = chat_format.encode(messages, [], env.tools)
             chats.append(Chat(messages, prompt, scenario.options, (0,), player, env.tools))
             asked.append(scenario)
-    scores = [np.array(options) for options in sampler.score(chats)]
+    scores = [np.array(options) for options in ranks.gather(sampler.score(ranks.share(chats)))]
     mass = [np.logaddexp.reduce(options) for options in scores]  # as logarithms: long options underflow otherwise
     tempting = [
         np.exp(options[s.options.index(s.extra["tempting"])] - total)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from atp_rl import ranks
 from atp_rl.defenses import Defense, LossBatch
 from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
@@ -18,6 +18,7 @@ from atp_rl.model.optimizer_state import OptimizerName, make_optimizer, optimize
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.types import Episode, Group, Turn
 
+T = TypeVar("T")
 Metrics = dict[str, float]
 
 
@@ -127,9 +128,9 @@ class PolicyGradient:
         self.scale_rewards: ScaleRewards = scale_rewards
         self.loss_type: LossType = loss_type
         self.max_tokens, self.temperature, self.imitation = max_tokens, temperature, imitation
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        adamw = make_optimizer(optimizer, policy.trainable, learning_rate=learning_rate, weight_decay=weight_decay)
-        self.optimizer = self.accelerator.prepare(adamw)
+        self.optimizer = make_optimizer(
+            optimizer, policy.trainable, learning_rate=learning_rate, weight_decay=weight_decay
+        )
         self.updates = 0
 
     def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
@@ -144,38 +145,41 @@ class PolicyGradient:
             advantages = defense.on_advantages(groups, advantages)
         batch = _Batch(samples, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
         copied = self.imitation.copies(groups) if self.imitation else []
-        sums = ("loss", "entropy", "grad_norm", "sampler_gap_mean", "sampler_gap_max")
-        total: dict[str, float] = dict.fromkeys(sums, 0.0)
+        sums: dict[str, float] = dict.fromkeys(
+            ("loss", "entropy", "sampler_gap", "imitation_loss"), 0.0
+        )  # over this rank's rows
+        gap_max = grad_norm = 0.0
         old = [None] * len(batch.chunks) if self.updates_per_step == 1 else self._old_logprobs(policy, batch)
         for _ in range(self.updates_per_step):
             self._set_learning_rate()
             self.optimizer.zero_grad()
             for chunk, old_logprobs in zip(batch.chunks, old, strict=True):
-                self._backward(policy, chunk, old_logprobs, defenses, total)
+                gap_max = max(gap_max, self._backward(policy, chunk, old_logprobs, defenses, sums))
             if self.imitation:
-                total["imitation_loss"] = total.get("imitation_loss", 0.0) + self._imitate(policy, copied)
+                sums["imitation_loss"] += self._imitate(policy, copied)
+            ranks.sum_gradients(policy.trainable)
             for defense in defenses:
                 defense.on_gradients(policy)
             for adapter in policy.live:
-                norm = self.accelerator.clip_grad_norm_(policy.parameters_of(adapter), self.max_grad_norm)
-                total["grad_norm"] += 0.0 if norm is None else float(norm) / len(policy.live)
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters_of(adapter), self.max_grad_norm)
+                grad_norm += float(norm) / len(policy.live)
             self.optimizer.step()
             self.updates += 1
         policy.version += 1
-        gaps = {f"perf/{key}": total.pop(key) for key in ("sampler_gap_max", "sampler_gap_mean")}
-        gaps["perf/sampler_gap_mean"] /= self.updates_per_step
-        metrics = {f"evolve/{key}": value / self.updates_per_step for key, value in total.items()}
-        return (
-            metrics
-            | gaps
-            | {
-                "evolve/advantage_abs_mean": advantages.abs().mean().item(),
-                "evolve/mixed_groups": (of_seat.std(1) > 0).float().mean().item(),
-                "evolve/learning_rate": self.optimizer.param_groups[0]["lr"],
-                "perf/unique_rows": batch.unique / len(batch.rows),
-                "time/update_s": time.perf_counter() - begun,
-            }
-        )
+        loss, entropy, gap, imitation = (value / self.updates_per_step for value in ranks.total(list(sums.values())))
+        metrics = {
+            "evolve/loss": loss,
+            "evolve/entropy": entropy,
+            "evolve/grad_norm": grad_norm / self.updates_per_step,
+            "evolve/advantage_abs_mean": advantages.abs().mean().item(),
+            "evolve/mixed_groups": (of_seat.std(1) > 0).float().mean().item(),
+            "evolve/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "perf/sampler_gap_mean": gap,
+            "perf/sampler_gap_max": max(ranks.gather([gap_max])),
+            "perf/unique_rows": batch.unique / len(batch.rows),
+            "time/update_s": time.perf_counter() - begun,
+        }
+        return metrics | ({"evolve/imitation_loss": imitation} if self.imitation else {})
 
     def state(self) -> dict[str, Tensor]:
         return optimizer_tensors(self.optimizer) | {"updates": torch.tensor(self.updates)}
@@ -188,7 +192,8 @@ class PolicyGradient:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.learning_rate * min(1.0, (self.updates + 1) / (self.warmup_steps + 1))
 
-    def _backward(self, policy, chunk: _Chunk, old: Tensor | None, defenses, total: dict[str, float]) -> None:
+    def _backward(self, policy, chunk: _Chunk, old: Tensor | None, defenses, sums: dict[str, float]) -> float:
+        """Add a chunk's part to the gradients and to `sums`; its largest gap to the sampler's log-probabilities."""
         device = policy.device
         where, weights = chunk.episode_of.to(device), chunk.weights.to(device)
         tokens = policy.acted_tokens(chunk.rows, chunk.acted, players=chunk.players, temperature=self.temperature)
@@ -206,12 +211,12 @@ class PolicyGradient:
         for defense in defenses:
             extra = defense.extra_loss(defended)
             loss = loss if extra is None else loss + extra
-        self.accelerator.backward(loss)
-        total["loss"] += loss.item()
-        total["entropy"] += (tokens.entropy[where] * weights).sum().item() / float(chunk.weight_total)
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["entropy"] += (tokens.entropy[where] * weights).sum().item() / float(chunk.weight_total)
         gap = (old - chunk.sampled.to(device)).abs().masked_fill(~mask, 0.0)
-        total["sampler_gap_mean"] += (gap * weights).sum().item() / float(chunk.weight_total)
-        total["sampler_gap_max"] = max(total["sampler_gap_max"], gap.max().item())
+        sums["sampler_gap"] += (gap * weights).sum().item() / float(chunk.weight_total)
+        return gap.max().item() if gap.numel() else 0.0
 
     def _old_logprobs(self, policy: Policy, batch: _Batch) -> list[Tensor]:
         with torch.no_grad():
@@ -227,17 +232,18 @@ class PolicyGradient:
         assert self.imitation is not None
         count = Counter(copied)
         of_seat = Counter(copy.seat for copy in copied)
-        total, keys = 0.0, list(count)
+        total, keys = 0.0, own_rows(list(count))
         size = self.micro_batch or max(1, len(keys))
         for start in range(0, len(keys), size):
-            chunk = keys[start : start + size]
+            chunk = [key for key, _ in keys[start : start + size]]
             acted = [range(len(copy.prompt_ids), len(copy.prompt_ids) + len(copy.reply_ids)) for copy in chunk]
             rows = [(*copy.prompt_ids, *copy.reply_ids) for copy in chunk]
             tokens = policy.acted_tokens(rows, acted, players=[copy.seat for copy in chunk])
-            share = torch.tensor([count[copy] / of_seat[copy.seat] for copy in chunk], device=policy.device)
+            shares = [count[copy] / of_seat[copy.seat] * real for copy, real in keys[start : start + size]]
             lengths = tokens.mask.sum(1)
+            share = torch.tensor(shares, device=policy.device)
             loss = -(tokens.logprobs.sum(1) / lengths * share).sum() * self.imitation.weight
-            self.accelerator.backward(loss)
+            loss.backward()
             total += loss.item()
         return total
 
@@ -261,8 +267,19 @@ class _Chunk(NamedTuple):
     """[B, A] log-probabilities as the sampler reported them."""
 
 
+def own_rows(rows: Sequence[T]) -> list[tuple[T, bool]]:
+    """The rows that this rank puts through the model, each with True; all ranks get equally many.
+
+    Under FSDP a forward needs all ranks, so one that would come out short gets a row more, with False: it counts
+    nothing.
+    """
+    most = -(-len(rows) // ranks.world_size())
+    own = rows[ranks.rank() :: ranks.world_size()]
+    return [(row, True) for row in own] + [(row, False) for row in rows[:1]] * (most - len(own))
+
+
 class _Batch:
-    """A step's samples as rows of tokens.
+    """A step's samples as rows of tokens, and of them the chunks of this rank.
 
     Rows with the very same tokens and adapter are put through the model once and then counted as often as they occur:
     short answers of a group coincide all the time, and the loss is the same to the last term.
@@ -282,25 +299,27 @@ class _Batch:
         index: dict[tuple[tuple[int, ...], tuple[int, ...], str], int] = {}
         unique_of = [index.setdefault((row.ids, row.acted, row.player), len(index)) for row, _ in self.rows]
         self.unique = len(index)
-        keys, size = list(index), micro_batch or len(index)
+        own = own_rows(list(index.items()))
         if micro_batch:  # rows of about one length are padded little
-            keys.sort(key=lambda key: len(key[0]))
-            place = {key: i for i, key in enumerate(keys)}
-            unique_of = [place[row.ids, row.acted, row.player] for row, _ in self.rows]
+            own.sort(key=lambda item: len(item[0][0][0]))
+        size = micro_batch or len(own)
         self.chunks = []
-        for start in range(0, len(keys), size):
-            chosen = [i for i, unique in enumerate(unique_of) if start <= unique < start + size]
-            width = max(len(self.rows[i][0].acted) for i in chosen)
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            keys = [key for (key, _), _ in part]
+            place = {unique: at for at, ((_, unique), real) in enumerate(part) if real}
+            chosen = [i for i, unique in enumerate(unique_of) if unique in place]
+            width = max(len(acted) for _, acted, _ in keys)
             self.chunks.append(
                 _Chunk(
-                    rows=[ids for ids, _, _ in keys[start : start + size]],
-                    acted=[acted for _, acted, _ in keys[start : start + size]],
-                    players=players[0] if len(set(players)) == 1 else [p for _, _, p in keys[start : start + size]],
-                    episode_of=torch.tensor([unique_of[i] - start for i in chosen]),
+                    rows=[ids for ids, _, _ in keys],
+                    acted=[acted for _, acted, _ in keys],
+                    players=players[0] if len(set(players)) == 1 else [player for _, _, player in keys],
+                    episode_of=torch.tensor([place[unique_of[i]] for i in chosen], dtype=torch.long),
                     advantages=advantages[[self.rows[i][1] for i in chosen]],
                     weights=weights[chosen, :width],
                     weight_total=weights.sum(),
-                    sampled=torch.tensor([_padded(self.rows[i][0].logprobs, width) for i in chosen]),
+                    sampled=torch.tensor([_padded(self.rows[i][0].logprobs, width) for i in chosen]).view(-1, width),
                 )
             )
 

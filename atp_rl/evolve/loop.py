@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import reward_models
+from atp_rl import ranks
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.drift import adapter_distance
 from atp_rl.evaluate.evaluator import tally
@@ -55,6 +56,9 @@ def evolve(
 ) -> None:
     """Run the evolution of `recipe` in `run`'s directory, from its last checkpoint if it has one.
 
+    With several ranks each plays whole groups of its own and puts its share of the rows through the model; everything
+    else happens on all of them alike.
+
     Args:
         anchor: directory of the aligned adapter that the policy starts from and is anchored to; None is the bare base.
         stop: asked at every step border; true saves a checkpoint and raises Interrupted.
@@ -74,10 +78,10 @@ def evolve(
     learner = make_learner(recipe, policy)
 
     before: Probe | None = None
-    if last := run.last_checkpoint():
+    if last := ranks.from_first(run.last_checkpoint):
         if last.state["anchor"] != anchor_hash:
             raise RuntimeError("the aligned adapter is not the one that this run started from")
-        run.rewind(last.step)
+        ranks.from_first(lambda: run.rewind(last.step))
         policy.restore(last.adapter)
         policy.version = last.state["version"]
         learner.load_state(last.tensors)
@@ -86,13 +90,13 @@ def evolve(
         before = Probe(*last.state["probe"]) if last.state["probe"] else None
         sampler.sync(policy)
     else:
-        run.rewind(-1)
+        ranks.from_first(lambda: run.rewind(-1))
         measure_checkpoint(recipe, run, suites, policy, sampler, step=0, report=report)
         before = gate_probe(recipe, suites, sampler) if gating else None
         save(recipe, run, policy, learner, defenses, before, anchor_hash, step=0)
 
     for step in range((last.step if last else 0) + 1, settings.steps + 1):
-        if stop():
+        if ranks.any_rank(stop()):
             save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step - 1)
             raise Interrupted(f"stopped after step {step - 1} of {settings.steps}; `atp resume {run.path}` continues")
         begun = time.perf_counter()
@@ -133,6 +137,7 @@ def evolve(
             "rollout/invalid_rate": outcomes.invalid / outcomes.n,
             "rollout/tokens_per_s": played.tokens / played.seconds,
             "rollout/staleness": policy.version - 1 - played.episodes[0].version,
+            "perf/ranks": ranks.world_size(),
             "drift/adapter_distance": adapter_distance(policy.state(), aligned),
             "drift/anchor_sha": anchor_hash[:16],
             "time/rollout_s": played.seconds,

@@ -9,12 +9,13 @@ from typing import Any
 
 from peft import LoraConfig
 
+from atp_rl import ranks
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.evaluator import EVALUATION, evaluate, tally
 from atp_rl.evolve.imitation import Imitation
 from atp_rl.evolve.learners import InContext, Learner, PolicyGradient
 from atp_rl.evolve.topology import neighbours
-from atp_rl.model.policy import Policy
+from atp_rl.model.policy import Policy, hash_tensors
 from atp_rl.model.sampler import HFSampler
 from atp_rl.recipe import POPULATIONS, Evolve, Recipe
 from atp_rl.recipe import Imitation as ImitationSpec
@@ -199,7 +200,11 @@ def save(
         "probe": probe,
     }
     checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
-    run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep)
+    if len(set(ranks.gather([hash_tensors(checkpoint.adapter)]))) > 1:
+        raise RuntimeError(f"step {step}: the ranks' adapters have drifted apart")
+    folder = ranks.from_first(lambda: run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep))
+    if recipe.track.artifacts == "all":
+        run.mirror_adapter(folder)
 
 
 def _supervision(supervision: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -29,8 +30,10 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from atp_rl import ranks
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.mixture import BASE, mixture
+from atp_rl.model.shards import shard
 from atp_rl.model.token_logprobs import token_logprobs
 from atp_rl.model.training_templates import training_template
 from atp_rl.types import InputError
@@ -149,6 +152,8 @@ class Policy:
                 else:
                     model.add_adapter(adapter, lora)
         assert isinstance(model, PeftModel)
+        if ranks.wrapper() == "fsdp2" and ranks.world_size() > 1:
+            shard(model)
         return cls(model, chat, name)
 
     @property
@@ -471,6 +476,19 @@ def write_adapter(state: Mapping[str, Tensor], config: LoraConfig, base: str, fo
     (folder / "adapter_config.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
+def _means(made_for: Any, base: str) -> bool:
+    """Whether an adapter's base model is this one; of a directory it may hold a path from another folder."""
+    path = Path(base_path(base)).absolute()
+    if made_for in (base, base_path(base)):
+        return True
+    if not isinstance(made_for, str) or not path.is_dir():
+        return False
+    if os.path.isabs(made_for):
+        return os.path.isdir(made_for) and os.path.samefile(made_for, path)
+    end = tuple(part for part in Path(made_for).parts if part != "..")
+    return bool(end) and path.parts[-len(end) :] == end
+
+
 def check_adapter(folder: Path, base: str) -> None:
     """Refuse an adapter that is missing, malformed, not LoRA, or made for another base; reads headers only.
 
@@ -493,7 +511,7 @@ def check_adapter(folder: Path, base: str) -> None:
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and the like change the base
         raise InputError(f"{folder}: adapters with init_lora_weights={config['init_lora_weights']!r} are not supported")
     made_for = config.get("base_model_name_or_path")
-    if made_for != base and made_for != base_path(base):
+    if not _means(made_for, base):
         raise InputError(f"{folder}: the adapter was made for the base model {made_for!r}, not for {base!r}")
     if not any("lora_A" in key for key in keys):
         raise InputError(f"{folder}: adapter_model.safetensors holds no LoRA weights")

@@ -50,7 +50,7 @@ class HFSampler:
         completions: list[Completion] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.inference_mode(), self._playing(batch) as model:
+            with torch.no_grad(), self._playing(batch) as model:
                 done, read = self._generate(model, batch, params)
             completions += done
             kept.append(read)
@@ -61,7 +61,7 @@ class HFSampler:
         scores: list[tuple[float, ...]] = []
         kept: list[_Read] = []
         for batch in _chunks(chats, self.batch_size):
-            with torch.inference_mode(), self._playing(batch) as model:
+            with torch.no_grad(), self._playing(batch) as model:
                 done, read = self._score(model, batch)
             scores += done
             kept.append(read)

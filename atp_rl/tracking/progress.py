@@ -13,6 +13,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from atp_rl import ranks
+
 LINE_SECONDS = 10.0
 """Shortest time between two plain lines, important ones aside."""
 
@@ -33,6 +35,9 @@ def progress(total: int, label: str) -> Iterator[Report]:
 
     Example: `with progress(100, "evolve") as report: report(step, "violation 0.25")`.
     """
+    if not ranks.is_first():
+        yield silent
+        return
     console = Console()
     left = _TimeLeft(total)
     if console.is_interactive and sys.stdout.isatty() and not os.environ.get("CI"):

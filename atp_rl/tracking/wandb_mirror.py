@@ -7,7 +7,9 @@ second folder, which `wandb sync` joins to the first when it is given both.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -157,16 +159,26 @@ class WandbMirror:
         """Results of the whole run."""
         self._send(lambda run: run.summary.update(dict(values)))
 
-    def artifact(self, path: Path, name: str, type: str) -> None:
-        """A file or a folder, kept under a versioned name."""
+    def adapter(
+        self, files: Mapping[str, Path], *, manifest: Mapping[str, Any], step: int, metadata: Mapping[str, Any]
+    ) -> None:
+        """The adapter of a checkpoint: a version of the run's one artifact of type `model`, with the alias `step-N`.
+
+        Args:
+            files: by their names in the artifact.
+            manifest: their sizes and hashes, which becomes `manifest.json`.
+        """
 
         def send(run: Run) -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, type=type)
-            add = artifact.add_dir if path.is_dir() else artifact.add_file
-            add(str(path))
-            run.log_artifact(artifact)
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{run.name}-adapter")[-128:]  # what W&B allows
+            artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+            for place, file in files.items():
+                artifact.add_file(str(file), name=place, skip_cache=True)
+            with artifact.new_file("manifest.json") as file:
+                json.dump(manifest, file, indent=2)
+            run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
         self._send(send)
 

@@ -372,6 +372,42 @@ def test_places_for_results_that_are_none(refused):
     assert "file: is not a directory" in refused("demo", "--out", "file")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can make a folder")
+def test_places_where_nothing_can_be_written(refused):
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("seed: 0\n")
+    Path("run/summary.json").write_text("{}")
+    for command in (run("run.dir=/proc/x"), ["demo", "--out", "/proc/x"], ["tiny", "build", "/proc/x"]):
+        message = refused(*command)
+        assert "/proc/x: cannot be " in message
+        assert "choose another" in message
+
+
+def test_a_dry_run_looks_at_the_run_directory_too(refused):
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("seed: 0\n")
+    assert "run.dir run: holds a run already" in refused(*run(), "--dry-run")
+    Path("file").write_text("mine")
+    assert "run.dir file/run: cannot be made" in refused(*run("run.dir=file/run"), "--dry-run")
+
+
+@pytest.mark.parametrize("change", ["edited", "removed"])
+def test_a_scenario_file_that_changed_since_the_run_began(change, refused, tmp_path):
+    scenario_lines()
+    small = (f"scenarios.file={Path('ok')}", f"model.name={small_model.base()}", "align=null", "evolve.start_from=base")
+    with pytest.MonkeyPatch.context() as patch:  # killed before its first step
+        patch.setattr(pipeline, "_stages", lambda recipe, directory, suites: directory.path)
+        pipeline.run(recipe.load([ROLE_PLAY, *small, "scenarios.families=null", "run.dir=run", "track.wandb=disabled"]))
+    before = Path("ok").read_text()
+    if change == "edited":
+        Path("ok").write_text(before + "\n")
+    else:
+        Path("ok").rename("moved")
+    message = refused("resume", "run")
+    assert f"{tmp_path / 'ok'}: " in message
+    assert ("has changed since this run began" if change == "edited" else "cannot be read any more") in message
+
+
 def test_an_adapter_in_pickle_is_not_touched(refused):
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "tiny"}')

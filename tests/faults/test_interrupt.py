@@ -61,7 +61,7 @@ def test_an_interrupted_evolution_resumes_to_the_same_run(number, whole, tmp_pat
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert f"{number.name}: finishing this step (or the alignment), then saving" in errors
+    assert f"{number.name}: finishing this step, then saving" in errors
     assert "`atp resume run` continues" in errors
     assert not (tmp_path / "run" / "summary.json").exists()
     stopped = len(lines(metrics))
@@ -74,6 +74,35 @@ def test_an_interrupted_evolution_resumes_to_the_same_run(number, whole, tmp_pat
     for folder in (whole / "checkpoints").iterdir():
         for file in folder.iterdir():
             assert (run / "checkpoints" / folder.name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_alignment_stops_at_a_step_and_begins_again(tmp_path):
+    alignment = [
+        "align",
+        f"model.name={small_model.base()}",
+        "model.lora.r=2",
+        "model.lora.alpha=4",
+        "scenarios.families=[ferry_pilot,archivist]",
+        "align={method: dpo, per_family: 4, trl: {max_steps: 20, learning_rate: 1e-3}}",
+        "track.wandb=disabled",
+    ]
+    atp(*alignment, "run.dir=whole", cwd=tmp_path)
+    process = start(*alignment, "run.dir=run", cwd=tmp_path)
+    pairs = tmp_path / "run" / ".aligned.tmp" / "pairs.jsonl"  # they are there when training begins
+    deadline = time.monotonic() + 120
+    while not pairs.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "stopped within alignment; `atp resume run` begins it again" in errors
+    assert not (tmp_path / "run" / "aligned").exists()
+    atp("resume", "run", cwd=tmp_path)
+    name = "aligned/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_run_that_is_killed_outright_resumes_too(whole, tmp_path):
