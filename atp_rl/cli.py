@@ -58,9 +58,12 @@ def run(
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     if dry_run:
+        from atp_rl.memory_plan import memory_lines
+
         suites = pipeline.check(resolved)
         Run.check_new(Path(resolved.run.dir))
-        print("\n".join(pipeline.plan(resolved, suites)), dump(resolved), sep="\n\n", end="")
+        plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites)]
+        print("\n".join(plan), dump(resolved), sep="\n\n", end="")
     elif launch:
         from atp_rl.launch import run
 

@@ -465,6 +465,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]
             revision=recipe.model.revision,
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
+            quantize=recipe.model.quantize,
             at_step=at_step,
         )
 

@@ -78,7 +78,9 @@ class Model(_Strict):
     revision: Name | None = None
     """Branch, tag or commit on the Hub; null is the default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base weights."""
+    """Type of the base weights; with `quantize` of what is computed, and of the weights that are not quantized."""
+    quantize: Literal["nf4"] | None = None
+    """Keep the base's linear layers in four bits (bitsandbytes' NF4, doubly quantized), as in QLoRA; null is as is."""
     thinking: bool = False
     """Whether the chat template lets the model think before it answers."""
     lora: Lora = Lora()
@@ -249,8 +251,12 @@ class Evolve(_Strict):
     """AdamW's learning rate after warm-up."""
     updates_per_step: Count = 1
     """Optimiser updates on the same episodes."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """torch's AdamW, or bitsandbytes' with its state in eight bits and in memory that moves to the host when scarce."""
     micro_batch: Count | None = None
     """Rows per forward pass (memory only, never the result); null is all at once."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it made (memory only, never the result)."""
     clip_epsilon: Positive = 0.2
     """Half-width of the clip of the probability ratio."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -273,6 +279,15 @@ class Evolve(_Strict):
     """Seats that start from another adapter, for learners with one adapter a seat; null is none."""
     imitation: Imitation | None = None
     """For the learner `imitation`; null is its defaults."""
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _can_recompute(cls, wanted: bool, info: ValidationInfo) -> bool:
+        if wanted and info.data.get("learner") in POPULATIONS:
+            raise ValueError(
+                "works for one adapter; a batch that mixes adapters cannot be computed again: set it to false"
+            )
+        return wanted
 
     @field_validator("imitation")
     @classmethod

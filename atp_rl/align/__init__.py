@@ -15,7 +15,7 @@ from atp_rl import ranks
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
 from atp_rl.align.trainer import Metrics, trl_config
-from atp_rl.model.policy import Policy
+from atp_rl.model.policy import Policy, Quantize, load_chat
 from atp_rl.model.sampler import HFSampler
 from atp_rl.scenarios import Supervision
 from atp_rl.types import SamplingParams, Scenario
@@ -41,6 +41,7 @@ def run_alignment(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     thinking: bool = False,
+    quantize: Quantize | None = None,
     at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Make pairs with the base model, train an adapter on them, and write both to `out`.
@@ -51,7 +52,7 @@ def run_alignment(
 
     Args:
         scenarios: those of the training split.
-        base, revision, dtype, thinking: the model, as in `Policy.load`.
+        base, revision, dtype, thinking, quantize: the model, as in `Policy.load`.
         trl_options: options of TRL's config for this method.
         rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
         batch_size: conversations that are sampled at once (memory only, never the result).
@@ -61,12 +62,16 @@ def run_alignment(
         `pairs`, `prompts`, `dropped` (prompts without a pair) and the metrics of `trainer.fit`.
 
     Raises:
-        InputError: a bad option of TRL (before anything is sampled), no pair at all, or a training that led nowhere.
+        InputError: a bad option of TRL or a template that it cannot use (before anything is sampled), no pair at all,
+            or a training that led nowhere.
     """
     trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
+    load_chat(base, revision=revision, thinking=thinking).check_rendering(rounds, replies=method != "grpo")
     say = print if ranks.is_first() else lambda *_, **__: None
     say(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
-    policy = Policy.load(base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking)
+    policy = Policy.load(
+        base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking, quantize=quantize
+    )
     preferences = make_pairs(
         scenarios,
         HFSampler(policy, batch_size=batch_size),  # a fresh adapter changes nothing: this is the base
@@ -102,6 +107,7 @@ def run_alignment(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        quantize=quantize,
         at_step=at_step,
     )
     gc.collect()  # and evolution loads one again

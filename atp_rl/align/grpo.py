@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from atp_rl.align.trainer import Metrics, fit, trl_config
+from atp_rl.model.policy import Quantize
 from reward_models import compliance
 
 
@@ -23,12 +24,14 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    quantize: Quantize | None = None,
     at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's GRPOTrainer on `reward_models.compliance`; the reference policy, with `beta` > 0, is the base.
 
     Args:
-        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
+        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype`, `thinking`
+            and `quantize`.
         prompts: with `options` and `required`, as `make_pairs` makes them (pairs will do too).
         out: directory of the adapter.
         at_step: as in `trainer.fit`.
@@ -50,6 +53,7 @@ def train(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        quantize=quantize,
         at_step=at_step,
         reward_funcs=compliance,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from atp_rl.align.trainer import Metrics, fit, trl_config
+from atp_rl.model.policy import Quantize
 
 
 def train(
@@ -22,12 +23,14 @@ def train(
     revision: str | None = None,
     dtype: str = "float32",
     thinking: bool = False,
+    quantize: Quantize | None = None,
     at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Train with TRL's SFTTrainer on `prompt` and `chosen` of every pair; the loss is that of the answer alone.
 
     Args:
-        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype` and `thinking`.
+        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype`, `thinking`
+            and `quantize`.
         pairs: as `make_pairs` makes them.
         out: directory of the adapter.
         at_step: as in `trainer.fit`.
@@ -57,5 +60,6 @@ def train(
         revision=revision,
         dtype=dtype,
         thinking=thinking,
+        quantize=quantize,
         at_step=at_step,
     )

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from atp_rl import ranks
-from atp_rl.model.policy import adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
+from atp_rl.model.policy import Quantize, adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
 from atp_rl.recipe import check_trl_options
 from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.types import InputError
@@ -71,6 +71,7 @@ def fit(
     revision: str | None,
     dtype: str,
     thinking: bool,
+    quantize: Quantize | None,
     at_step: Callable[[], None],
     **arguments: Any,
 ) -> Metrics:
@@ -99,7 +100,7 @@ def fit(
     begun = time.perf_counter()
     set_seed(config.seed)  # before the adapter is made: its first weights are random
     trainer = trainer_class(
-        model=load_base(base, revision=revision, dtype=dtype),
+        model=load_base(base, revision=revision, dtype=dtype, quantize=quantize),
         args=config,
         train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
         processing_class=load_chat(base, revision=revision, thinking=thinking).tokenizer,
@@ -114,10 +115,10 @@ def fit(
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if trainable == 0:
         raise RuntimeError("the adapter has no trainable parameter")
-    before = hash_tensors(adapter_tensors(trainer.model, "default"))
+    before = hash_tensors(_single(adapter_tensors(trainer.model, "default")))
     with shown:
         result = trainer.train()
-    adapter = _trained(trainer)
+    adapter = _single(_trained(trainer))
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
     if hash_tensors(adapter) == before:
@@ -136,6 +137,11 @@ def fit(
         "trainable_parameters": trainable,
         "adapter_sha256": hash_tensors(adapter),
     }
+
+
+def _single(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """In single precision, as PEFT loads it; on a quantized base TRL trains it in bf16."""
+    return {name: tensor.float() for name, tensor in adapter.items()}
 
 
 def _trained(trainer: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from atp_rl import ranks
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.model.portions import portions
+from atp_rl.model.token_logprobs import divergence
 from atp_rl.types import Turn
 
 
@@ -31,7 +32,7 @@ def kl_to_aligned(policy: Policy, turns: Sequence[Turn]) -> float | None:
         players = [player for _, _, player in chunk]
         own, mask = policy.acted_distribution(rows, acted, players if len(policy.live) > 1 else "policy")
         aligned, _ = policy.acted_distribution(rows, acted, ALIGNED)
-        kl = (own.exp() * (own - aligned)).sum(-1).masked_fill(~mask, 0.0).sum(1)
+        kl = divergence(own, aligned).masked_fill(~mask, 0.0).sum(1)
         weights = torch.tensor([count[key] for key in chunk], device=kl.device)
         total += (kl * weights).sum().item()
     return ranks.total([total])[0] / len(turns) if turns else None

@@ -14,7 +14,7 @@ from atp_rl import ranks
 from atp_rl.defenses import Defense, LossBatch
 from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
-from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
+from atp_rl.model.optimizer_state import OptimizerName, make_optimizer, optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.types import Episode, Group, Turn
 
@@ -109,6 +109,7 @@ class PolicyGradient:
         policy: Policy,
         *,
         learning_rate: float,
+        optimizer: OptimizerName = "adamw",
         warmup_steps: int,
         weight_decay: float,
         max_grad_norm: float,
@@ -127,7 +128,9 @@ class PolicyGradient:
         self.scale_rewards: ScaleRewards = scale_rewards
         self.loss_type: LossType = loss_type
         self.max_tokens, self.temperature, self.imitation = max_tokens, temperature, imitation
-        self.optimizer = torch.optim.AdamW(policy.trainable, lr=learning_rate, weight_decay=weight_decay)
+        self.optimizer = make_optimizer(
+            optimizer, policy.trainable, learning_rate=learning_rate, weight_decay=weight_decay
+        )
         self.updates = 0
 
     def update(self, policy: Policy, groups: Sequence[Group], rewards: Tensor, defenses: Sequence[Defense]) -> Metrics:
@@ -297,6 +300,8 @@ class _Batch:
         unique_of = [index.setdefault((row.ids, row.acted, row.player), len(index)) for row, _ in self.rows]
         self.unique = len(index)
         own = own_rows(list(index.items()))
+        if micro_batch:  # rows of about one length are padded little
+            own.sort(key=lambda item: len(item[0][0][0]))
         size = micro_batch or len(own)
         self.chunks = []
         for start in range(0, len(own), size):

@@ -209,6 +209,8 @@ def load_policy(recipe: Recipe, anchor: Path | None, suites: Suites) -> Policy:
         revision=model.revision,
         dtype=model.dtype,
         thinking=model.thinking,
+        quantize=model.quantize,
+        gradient_checkpointing=settings.gradient_checkpointing,
         seats=seats,
         starts=starts,
     )
@@ -229,6 +231,7 @@ def make_learner(recipe: Recipe, policy: Policy) -> Learner:
     return PolicyGradient(
         policy,
         learning_rate=settings.learning_rate,
+        optimizer=settings.optimizer,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

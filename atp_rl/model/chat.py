@@ -69,6 +69,38 @@ class ChatFormat:
             ids += following[1:] if ends_turn else following
         return ids
 
+    def check_rendering(self, rounds: int, *, replies: bool) -> None:
+        """Find out whether the template alone renders conversations as `encode` does, for trainers that do so.
+
+        Args:
+            rounds: replies in the longest conversation.
+            replies: whether the trainer also renders the last reply, behind its prompt.
+
+        Raises:
+            InputError: it changes earlier turns, or the prompt once a reply follows.
+        """
+        reply = "<think>\nt\n</think>\n\na" if self.thinking else "a"
+        drawn = [*self.encode_text(reply), self.eos_id]
+        messages = [_SYSTEM, _USER]
+        for k in range(rounds):
+            prompt, answered = self.encode(messages, [drawn] * k), [*messages, Message(role="assistant", content=reply)]
+            same = self._rendered(messages, prompt=True) == prompt
+            if replies and same:
+                same = self._rendered(answered, prompt=False)[: len(prompt) + len(drawn)] == [*prompt, *drawn]
+            if not same:
+                raise InputError(
+                    f"{self.tokenizer.name_or_path}: the chat template rewrites earlier turns, so TRL would align on "
+                    "other prompts than those that are played; set `align.rounds` to 1, or use a model with the stock "
+                    "template of Qwen3 or Llama-3.1 (they are replaced), or one that leaves replies as they are"
+                )
+            messages = [*answered, _USER]
+
+    def _rendered(self, messages: Sequence[Message], *, prompt: bool) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, enable_thinking=self.thinking
+        )
+        return list(self._tokenise(text))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a reply, without the end-of-turn token."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

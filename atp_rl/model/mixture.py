@@ -36,7 +36,10 @@ def mixture(model: PeftModel, players: Sequence[str]) -> Iterator[None]:
         for layer in model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            if not isinstance(layer, Linear) or len({layer.r[name] for name in names}) > 1:
+            linear = isinstance(layer, Linear) or isinstance(
+                layer.get_base_layer(), torch.nn.Linear
+            )  # or a quantized one
+            if not linear or len({layer.r[name] for name in names}) > 1:
                 raise ValueError("adapters of one batch must be LoRA of one rank on linear layers")
             if names:
                 hook = _Delta(layer, names, index, BASE in players)
@@ -50,7 +53,7 @@ def mixture(model: PeftModel, players: Sequence[str]) -> Iterator[None]:
 class _Delta:
     """A hook that adds to what a base layer gives what each row's adapter gives."""
 
-    def __init__(self, layer: Linear, names: Sequence[str], index: Tensor, base: bool) -> None:
+    def __init__(self, layer: LoraLayer, names: Sequence[str], index: Tensor, base: bool) -> None:
         down: list[Tensor] = [layer.lora_A[name].weight for name in names]  # type: ignore[assignment]  # [r, in]
         up: list[Tensor] = [layer.lora_B[name].weight * layer.scaling[name] for name in names]  # [out, r]
         if base:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +19,23 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from atp_rl import ranks
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.mixture import BASE, mixture
 from atp_rl.model.shards import shard
+from atp_rl.model.token_logprobs import token_logprobs
+from atp_rl.model.training_templates import training_template
 from atp_rl.types import InputError
 
 TINY = "tiny"
@@ -33,6 +43,8 @@ TINY = "tiny"
 
 SHIPPED = {TINY: "tiny_weights", "tiny_tools": "tiny_tools"}
 """Models that ship with the package, and their folders: `tiny_tools` plays the testbed tool_use."""
+
+Quantize = Literal["nf4"]
 
 ALIGNED = "aligned"
 """The name of the anchor; live adapters have other names."""
@@ -43,16 +55,22 @@ def base_path(name: str) -> str:
     return str(Path(__file__).parent / SHIPPED[name]) if name in SHIPPED else name
 
 
-def load_chat(name: str, *, revision: str | None = None, thinking: bool = False) -> ChatFormat:
-    """The tokenizer and the chat template of a model.
+def load_chat(
+    name: str, *, revision: str | None = None, thinking: bool = False, local_files_only: bool = False
+) -> ChatFormat:
+    """The tokenizer and the chat template of a model, or ours for a known one; those of an adapter are never read.
 
     Raises:
         InputError: the model is not there, or its template cannot be used.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_path(name), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_path(name), revision=revision, trust_remote_code=False, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = training_template(tokenizer.chat_template) or tokenizer.chat_template
     return ChatFormat(tokenizer, thinking=thinking)
 
 
@@ -80,6 +98,7 @@ class Policy:
         self.has_aligned = ALIGNED in model.peft_config
         self.live = tuple(adapter for adapter in model.peft_config if adapter != ALIGNED)
         self.model.eval()  # no dropout: sampling and learning see the same distribution
+        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._activate(self.live)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
@@ -96,6 +115,8 @@ class Policy:
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         thinking: bool = False,
+        quantize: Quantize | None = None,
+        gradient_checkpointing: bool = False,
         seats: Sequence[str] = ("policy",),
         starts: Mapping[str, Path] | None = None,
     ) -> Policy:
@@ -106,6 +127,8 @@ class Policy:
             lora: shape of a fresh adapter; ignored when `aligned` is given.
             seed: of a fresh adapter's initial weights.
             aligned: directory of the adapter to start from and to anchor at.
+            quantize: as in `load_base`.
+            gradient_checkpointing: whether a forward that learns keeps the layers' inputs alone; not for mixtures.
             seats: names of the live adapters: the only one, or one for every seat of a population.
             starts: directories of the adapters that some of the seats start from instead.
 
@@ -114,7 +137,9 @@ class Policy:
         """
         starts = starts or {}
         chat = load_chat(name, revision=revision, thinking=thinking)
-        base = load_base(name, revision=revision, dtype=dtype)
+        base = load_base(name, revision=revision, dtype=dtype, quantize=quantize)
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         model: PeftModel | None = None
         for adapter in (ALIGNED, *seats):
             start = aligned if adapter == ALIGNED else starts.get(adapter, aligned)
@@ -193,20 +218,21 @@ class Policy:
             players: the adapter of all rows, or of each.
             temperature: the logits are divided by it, as they were when the tokens were drawn.
         """
-        logits, targets, mask = self._acted_logits(rows, acted, players)
-        logp = (logits.float() / temperature).log_softmax(-1)
-        logprobs = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
-        return ActedTokens(logprobs, entropy, mask)
+        recomputed = (
+            self._recomputed() if isinstance(players, str) else nullcontext()
+        )  # a mixture's hooks are gone then
+        with recomputed:
+            logits, targets, mask = self._acted_logits(rows, acted, players)
+        logprobs, entropy = token_logprobs(logits, targets, temperature)
+        return ActedTokens(logprobs.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0), mask)
 
     def acted_distribution(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, A, V] of every token where one was acted, and the mask [B, A]; without gradient."""
+        """Logits [B, A, V] of every token where one was acted, in the model's type, and mask [B, A]; no gradient."""
         with torch.no_grad():
             logits, _, mask = self._acted_logits(rows, acted, players)
-            return logits.float().log_softmax(-1), mask
+            return logits, mask
 
     def _acted_logits(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
@@ -217,6 +243,17 @@ class Policy:
                 return acted_logits(model, rows, acted, **where)
         with self.mixed(players):
             return acted_logits(self.model, rows, acted, **where)
+
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        """Transformers checkpoints layers in training mode alone; set on the layers themselves, no dropout comes on."""
+        for layer in self._layers:
+            layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.training = False
 
     def state(self) -> dict[str, Tensor]:
         """The weights of the live adapter in PEFT's own names; in a population with `<seat>/` before them."""
@@ -259,13 +296,23 @@ class Policy:
         return hash_tensors({n: p for n, p in self.model.named_parameters() if "lora_" not in n})
 
 
-def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> torch.nn.Module:
+def load_base(
+    name: str, *, revision: str | None = None, dtype: str = "float32", quantize: Quantize | None = None
+) -> PreTrainedModel:
     """The bare causal language model, from safetensors alone and without remote code.
+
+    Args:
+        quantize: `nf4` quantizes the linear layers, all but the last, while they are loaded (QLoRA, arXiv 2305.14314).
 
     Raises:
         InputError: it is not there.
     """
     transformers_logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    quantized: dict[str, Any] = {}
+    if quantize:
+        quantized["quantization_config"] = nf4_config(dtype)
+        quantized["device_map"] = {"": torch.cuda.current_device() if cuda else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_path(name),
@@ -273,11 +320,32 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
+            **quantized,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     model.requires_grad_(False)
-    return torch.nn.Module.cuda(model) if torch.cuda.is_available() else model
+    if quantize:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # else bitsandbytes packs the weights anew in the first forward on a CPU, and has no gradient for those
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - unknown to the type checker
+        return model
+    if cuda:
+        torch.nn.Module.cuda(model)
+    return model
+
+
+def nf4_config(dtype: str) -> BitsAndBytesConfig:
+    """Four bits a weight, computed with in `dtype`, and stored in tensors of it, as FSDP2 needs it."""
+    kind = getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=kind,
+        bnb_4bit_quant_storage=kind,
+    )
 
 
 def check_model(

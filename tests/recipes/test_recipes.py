@@ -14,12 +14,13 @@ from peft import LoraConfig
 from atp_rl import pipeline
 from atp_rl.model.policy import Policy
 from atp_rl.recipe import Recipe, json_schema, load
-from tests.command_line import RECIPES, ROLE_PLAY, SMALL, atp
+from tests.command_line import RECIPES, SMALL, atp
 
 BASES = [RECIPES / "tiny" / f"{testbed}.yaml" for testbed in ("role_play", "collusion", "tool_use")]
 PAPER = sorted((RECIPES / "paper").rglob("*.yaml"))
 TINY_MODEL = RECIPES / "tiny" / "model.yaml"
-OVERLAYS = sorted(set(RECIPES.rglob("*.yaml")) - {*BASES, *PAPER, TINY_MODEL})
+EIGHT_B = sorted(path for model in ("qwen3-8b", "llama3.1-8b") for path in (RECIPES / model).glob("*.yaml"))
+OVERLAYS = sorted(set(RECIPES.rglob("*.yaml")) - {*BASES, *PAPER, *EIGHT_B, TINY_MODEL})
 TINY = BASES + [path for path in OVERLAYS if path.parent.name in ("tiny", "defenses")]
 
 
@@ -108,12 +109,91 @@ def test_a_tiny_recipe_runs_through_the_command_line(path, adapter, tmp_path):
     assert len(evaluations[0]["splits"]["held_out"]["by_round"]) == rounds
 
 
-def test_the_8b_recipe_takes_the_same_path_with_the_tiny_model_in_its_place(tmp_path):
-    overlay = RECIPES / "qwen3-8b" / "role_play.yaml"
-    tiny = ["model.name=tiny", "model.dtype=float32", "evolve.max_new_tokens=16", "align.trl.num_train_epochs=1"]
-    atp("run", ROLE_PLAY, overlay, *SMALL, *tiny, "run.dir=run", cwd=tmp_path)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["complete"], summary["model"], summary["steps"]) == (True, "tiny", 2)
+# The 8B recipes.
+
+HUB = {"qwen3-8b": "Qwen/Qwen3-8B", "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct"}
+STEMS = ["collusion", "dpo", "evaluate", "grpo", "qlora", "role_play", "tool_use"]
+
+
+def test_both_8b_models_have_the_same_recipes():
+    assert {name(path) for path in EIGHT_B} == {f"{model}/{stem}" for model in HUB for stem in STEMS}
+
+
+@pytest.mark.parametrize("path", [path for path in EIGHT_B if path.stem != "qlora"], ids=name)
+def test_an_8b_recipe_is_complete_by_itself(path):
+    text = path.read_text()
+    assert f"atp run recipes/{name(path)}.yaml" in text
+    assert "has not been run" in text
+    recipe = load([str(path)])
+    plan = pipeline.plan(recipe, pipeline.check(recipe))
+    assert plan[0] == f"run directory runs/{path.parent.name}-{path.stem}, model {HUB[path.parent.name]}, seed 0"
+    assert (recipe.model.dtype, recipe.model.quantize, recipe.model.thinking) == ("bfloat16", None, False)
+    assert (recipe.model.lora.r, recipe.model.lora.alpha) == (16, 32)
+    assert (recipe.align is None) == (path.stem == "evaluate")
+    assert (recipe.evolve is None) == (path.stem in ("dpo", "grpo"))
+    if recipe.evolve and path.stem != "evaluate":
+        assert recipe.evolve.gradient_checkpointing
+        quantized = load([str(path), str(path.parent / "qlora.yaml")])
+        pipeline.check(quantized)
+        assert quantized.model.quantize == "nf4"
+        assert quantized.evolve is not None
+        assert quantized.align is not None
+        assert quantized.evolve.optimizer == quantized.align.trl["optim"] == "paged_adamw_8bit"
+        rows = [r.align.trl for r in (recipe, quantized) if r.align]  # as many a step
+        sizes = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in rows]
+        assert sizes[0] == sizes[1]
+
+
+def test_the_8b_recipes_differ_in_the_model_alone():
+    for stem in STEMS[:4] + STEMS[5:]:
+        qwen, llama = (load([str(RECIPES / model / f"{stem}.yaml")]) for model in HUB)
+        assert qwen.model.name != llama.model.name
+        model, run = llama.model.model_dump() | {"name": qwen.model.name}, qwen.run.model_dump()
+        assert qwen.model_dump() == llama.model_dump() | {"model": model, "run": run}
+
+
+SMALL_8B = {
+    "dpo": ["align.trl.max_steps=2"],
+    "grpo": [
+        "align.trl.max_steps=2",
+        "align.trl.per_device_train_batch_size=4",
+        "align.trl.gradient_accumulation_steps=1",
+        "align.trl.num_generations=4",
+        "align.trl.max_completion_length=12",
+    ],
+    "evaluate": ["evolve.max_new_tokens=16", "scenarios.rounds=2"],
+}
+EVOLVES = [s for s in SMALL if "max_steps" not in s] + [
+    "align.trl.max_steps=2",
+    "evolve.max_new_tokens=16",
+    "scenarios.rounds=2",
+]
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != "qlora"])
+def test_an_8b_recipe_runs_with_a_tiny_model_in_its_place(stem, quantize, tmp_path):
+    """The QLoRA overlay too, with bitsandbytes' kernels for CPUs. Llama's recipes differ in the model alone."""
+    path = RECIPES / "qwen3-8b" / f"{stem}.yaml"
+    world = path.stem if path.stem in TESTBED else "role_play"
+    evolves = path.stem in TESTBED
+    small = EVOLVES if evolves else [*SMALL_8B[path.stem], "evaluate.per_family=1", "track.wandb=disabled"]
+    small = [*small, "model.name=tiny", *TESTBED[world]]  # the testbed of tools has a tiny model of its own
+    if path.stem != "evaluate":
+        small += ["align.per_family=1", "align.max_new_tokens=40"]
+    given = [path, path.parent / "qlora.yaml"] if quantize and evolves else [path]
+    small += ["model.quantize=nf4"] if quantize else []
+    run = pipeline.run(load([*map(str, given), *small, f"run.dir={tmp_path / 'run'}"]))
+    resolved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (resolved["model"]["dtype"], resolved["model"]["quantize"]) == ("bfloat16", "nf4" if quantize else None)
+    if path.stem != "evaluate":
+        assert json.loads((run / "aligned" / "metrics.json").read_text())["steps"] == 2
+    if resolved["evolve"]:
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["complete"], summary["steps"]) == (True, 2 if evolves else 0)
+    if evolves:
+        assert resolved["evolve"]["optimizer"] == ("paged_adamw_8bit" if quantize else "adamw")
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # The paper's arms.
