@@ -22,6 +22,7 @@ from tests.benchmarks import seats
 from tests.benchmarks.generate import GenerateSampler
 
 SAMPLING = SamplingParams(max_new_tokens=16)
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,7 @@ def measure(repeats: int, report: Callable[[str], None]) -> list[dict[str, Any]]
 
 def make_policy() -> Policy:
     """The packaged model with a fresh adapter of the tiny recipes' shape, active in every way of playing."""
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return Policy.load(TINY, lora=lora, seed=0)
+    return Policy.load(TINY, lora=LORA, seed=0)
 
 
 def evaluation_work() -> Work:
