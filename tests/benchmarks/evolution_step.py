@@ -10,7 +10,7 @@ from atp_rl.evolve.loop import shape
 from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, Rollout, rollout
-from tests.benchmarks.rollouts import SAMPLING, Work, _scenarios
+from tests.benchmarks.rollouts import SAMPLING, Work, pick_scenarios
 
 LEARNING_RATE = 1e-5
 """So small that the policy answers alike however many steps were taken, and all ways play the same."""
@@ -52,26 +52,29 @@ class EvolutionStep:
         self.taken = 0
 
     def __call__(self) -> Stepped:
-        self.taken += 1
         played = self.play()
-        rewards = shape(played.groups, REWARDS, [])
-        metrics = self.learner.update(self.policy, played.groups, rewards, [])
-        self.sampler.sync(self.policy)
-        return Stepped(played, metrics)
+        return Stepped(played, self.learn(played))
 
     def play(self) -> Rollout:
-        """The episodes of this step; the sampler has forgotten all of them when it returns."""
+        """The episodes of a new step; the sampler has forgotten what it read when this returns."""
         work = self.work
+        self.taken += 1
         played = rollout(work.scenarios, self.sampler, work.play, group_size=work.group_size, seed=(0, self.taken))
         self.sampler.sync(self.policy)
         return played
+
+    def learn(self, played: Rollout) -> dict[str, float]:
+        """Reward the episodes and update the adapter."""
+        metrics = self.learner.update(self.policy, played.groups, shape(played.groups, REWARDS, []), [])
+        self.sampler.sync(self.policy)
+        return metrics
 
 
 def step_work(rounds: int, *, scenarios: int = 32, group_size: int = 8) -> Work:
     """What one training step of the tiny recipe plays, or one of several rounds with all of them in the prompt."""
     play = Play(rounds=rounds, supervision={"probability": 0.1}, history_window=rounds, sampling=SAMPLING)
     name = f"step: {scenarios} scenarios x {group_size} episodes x {rounds} round{'s' * (rounds > 1)}"
-    return Work(name, _scenarios("train", scenarios), group_size, play)
+    return Work(name, pick_scenarios("train", scenarios), group_size, play)
 
 
 def counted(played: Rollout) -> dict[str, int]:

@@ -164,13 +164,13 @@ def make_policy() -> Policy:
 def evaluation_work() -> Work:
     """Six rounds with the last five in the prompt, as in the paper."""
     play = Play(rounds=6, supervision="alternating", history_window=5, sampling=SAMPLING)
-    return Work("64 scenarios x 6 rounds", _scenarios("held_out", 64), 1, play)
+    return Work("64 scenarios x 6 rounds", pick_scenarios("held_out", 64), 1, play)
 
 
 def training_work() -> Work:
     """What one training step of the tiny recipe plays."""
     play = Play(rounds=1, supervision={"probability": 0.1}, history_window=5, sampling=SAMPLING)
-    return Work("32 scenarios x 8 episodes x 1 round", _scenarios("train", 32), 8, play)
+    return Work("32 scenarios x 8 episodes x 1 round", pick_scenarios("train", 32), 8, play)
 
 
 def seats_work() -> Work:
@@ -178,7 +178,7 @@ def seats_work() -> Work:
     return Work("7 games x 8 seats x 1 round", seats.games(), 1, seats.PLAY)
 
 
-def _scenarios(split: str, count: int) -> list[Scenario]:
+def pick_scenarios(split: str, count: int) -> list[Scenario]:
     """As many of each family as there are of the others, to within one."""
     found = load({"split": split, "per_family": count})
     return sorted(found, key=lambda scenario: int(scenario.id.split("/")[2]))[:count]

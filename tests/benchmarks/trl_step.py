@@ -1,8 +1,8 @@
 """The same evolution step by TRL's GRPOTrainer, which plays the same environments through its `rollout_func`.
 
 Of TRL's two ways to play episodes of several rounds this is the one that can: `environment_factory` has a model call
-tools, and needs a chat template that can; ours answers in text. Generation is TRL's own with transformers (no vLLM), the
-very call that its tool loop makes in every turn. The environments, the tokens of the prompts and the rewards are those
+tools, and needs a chat template that can; ours answers in text. Generation is TRL's own with transformers, without vLLM:
+the call that its tool loop makes in every turn. The environments, the tokens of the prompts and the rewards are those
 of `atp_rl`, so that both do the same work around the model.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -139,8 +139,3 @@ class _StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.seconds = time.perf_counter() - self.begun
-
-
-def summary(trainer: GRPOTrainer) -> Mapping[str, float]:
-    """What the trainer itself measured in its last step."""
-    return {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
