@@ -2,8 +2,8 @@
 
     python -m tests.gpu.bench --out gpu_bench.json
 
-The model has Qwen3-8B's shape and random weights in bf16, made on the device: there is nothing to download, and nothing is
-needed beyond torch, transformers, accelerate, peft, bitsandbytes (for QLoRA) and the small packages that atp_rl
+The model has Qwen3-8B's shape and random weights in bf16, made on the device: nothing is downloaded, and nothing is needed
+beyond torch, transformers, accelerate, peft, bitsandbytes (for QLoRA) and the small packages that atp_rl
 imports. Replies of random weights are nonsense of full length, and no two are equal: a trained model's JSON answers end
 earlier and coincide, so that it does less. The parts run in order of importance, every one prints a line and is written
 to the file at once; one that fails or runs out of memory is recorded, and the others go on.
@@ -11,8 +11,8 @@ to the file at once; one that fails or runs out of memory is recorded, and the o
 Model-flops use (MFU) is flops per token x tokens/s / peak, where the flops are 6 N (as if all weights were trained) or
 4 N (what LoRA has to do: forward 2 N, gradients of activations 2 N); N counts the weights of the base that a token is
 multiplied by, with the head, without the embedding. Attention, the adapter and recomputation under checkpointing are
-not counted. The peak is the data sheet's (dense bf16) where the card is known; the measured one is that of a large matrix
-product.
+not counted. The peak is the data sheet's (dense bf16) where the card is known; `matmul` is what a large matrix product
+reaches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--model-shape", choices=list(SHAPES), default="qwen3-8b")
     chosen = parser.parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel
     bench = Bench(SHAPES[chosen.model_shape], chosen.out)
     for section in chosen.only:
         PARTS[section](bench)
