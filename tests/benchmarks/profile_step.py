@@ -11,9 +11,9 @@ The floor counts every token once that the same episodes share, by position in t
     backward  2 N + 4 A per token + 2 V d per drawn token + 8 h L per token and token of its context
 
 with N the weights of the layers, A those of the adapter, V the vocabulary, d the hidden size, h = heads x head size, L
-layers; nothing is spent on gradients of frozen weights. Bytes: the weights once per forward that has to wait for a token
-drawn before, and keys and values of the context once per token drawn. The floor in seconds divides by the matrix
-product and the copy that this machine does best.
+layers; nothing is spent on gradients of frozen weights. Bytes: the weights once per forward that has to wait for a
+token drawn before, and keys and values of the context once per token drawn. The floor in seconds divides by the matrix
+product that this machine did best, and by the copy.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ def _table(step: Mapping[str, Any], record: Mapping[str, Any]) -> Table:
     table.add_row("together", f"{total:.3f}", "100%", "", "", end_section=True)
     for phase, floor in step["floor"].items():
         took = sum(part["seconds"] for name, part in step["parts"].items() if name.startswith(phase))
-        operations, moved = floor["flops"] / record["matmul_flops"], floor["bytes"] / record["copy_bytes"]
+        fastest = max(record["matmul_flops"], record["matmul_flops_of_a_layer"])
+        operations, moved = floor["flops"] / fastest, floor["bytes"] / record["copy_bytes"]
         table.add_row(
             f"floor of the {phase}: {floor['flops'] / 1e9:.2f} GFLOP, {floor['bytes'] / 1e6:.0f} MB",
             f"{operations:.3f} + {moved:.3f}",

@@ -1,8 +1,8 @@
 """The same evolution step by TRL's GRPOTrainer, which plays the same environments through its `rollout_func`.
 
 Of TRL's two ways to play episodes of several rounds this is the one that can: `environment_factory` has a model call
-tools, and needs a chat template that can; ours answers in text. Generation is TRL's own with transformers, not vLLM: what
-its tool loop calls in every turn. The environments, the tokens of the prompts and the rewards are those
+tools, and needs a chat template that can; ours answers in text. Generation is TRL's own with transformers, not vLLM:
+what its tool loop calls in every turn. The environments, the tokens of the prompts and the rewards are those
 of `atp_rl`, so that both do the same work around the model.
 """
 

@@ -2,7 +2,7 @@
 
     python -m tests.gpu.bench --out gpu_bench.json
 
-The model has Qwen3-8B's shape and random weights in bf16, made on the device: nothing is downloaded, and nothing is needed
+The model has Qwen3-8B's shape and random weights in bf16, made on the device: nothing is downloaded. It needs nothing
 beyond torch, transformers, accelerate, peft, bitsandbytes (for QLoRA) and the small packages that atp_rl
 imports. Replies of random weights are nonsense of full length, and no two are equal: a trained model's JSON answers end
 earlier and coincide, so that it does less. The parts run in order of importance, every one prints a line and is written
@@ -283,11 +283,11 @@ def _matmul() -> Measured:
     """The speed of a large matrix product in the type of the model."""
     size, dtype = (8192, torch.bfloat16) if CUDA else (512, torch.float32)
     a = torch.randn(size, size, device=DEVICE, dtype=dtype)
-    a @ a
+    torch.mm(a, a)
     _synchronise()
     begun, times = time.perf_counter(), 20
     for _ in range(times):
-        a @ a
+        torch.mm(a, a)
     _synchronise()
     return {"size": size, "flops_per_s": times * 2 * size**3 / (time.perf_counter() - begun), "data_sheet": _peak()}
 

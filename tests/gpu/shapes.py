@@ -100,16 +100,18 @@ def make_policy(shape: Shape, *, nf4: bool = False, adapters_in_float32: bool = 
 
 def quantise(base: Any) -> None:
     """Replace the layers' linear maps by bitsandbytes' NF4 ones with double quantisation, one after the other."""
-    import bitsandbytes
+    from bitsandbytes import nn
+
+    typed: Any = nn
 
     for name, linear in list(base.model.layers.named_modules()):
         if type(linear) is not torch.nn.Linear:
             continue
         with torch.device("meta"):
-            packed = bitsandbytes.nn.Linear4bit(
+            packed = typed.Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4"
             )
-        weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        weight = typed.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
         packed.weight = weight.to(DEVICE)
         base.model.layers.set_submodule(name, packed)
     base.is_loaded_in_4bit = True  # by this PEFT knows it
