@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from tests.benchmarks.timing import Report
 
@@ -32,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="times that everything is run (default 3)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts (default: all)")
     chosen = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
     console = Console(width=None if sys.stdout.isatty() else 120)
     record: dict[str, Any] = machine() | {"repeats": chosen.repeats, "rows": [], "growth": [], "memory": []}
     with console.status("loading") as status:

@@ -15,12 +15,16 @@ import numpy as np
 from atp_rl.model.policy import Policy
 from atp_rl.rollout import Play
 from atp_rl.scenarios import load
-from tests.benchmarks.rollouts import SAMPLING, Way, Work, batched_generate, make_policy, ours, pick_scenarios
+from atp_rl.types import SamplingParams
+from tests.benchmarks.rollouts import Way, Work, batched_generate, make_policy, ours, pick_scenarios
 from tests.benchmarks.timing import Contest, Report, clocked
 
 ROUNDS = (2, 4, 8, 16, 32)
 """In 32 rounds a prompt gets as long as the tiny model's context (2048 tokens), and longer than any it has learned to
 read: its answers there mean nothing, and the time that they take is the same."""
+
+ANSWER = SamplingParams(max_new_tokens=8)
+"""Cut off at the length of a valid answer, so that every round has as many tokens, also where answers mean nothing."""
 
 SEATS = (1, 2, 4, 8, 16, 32)
 
@@ -28,7 +32,7 @@ WAYS: Mapping[str, Way] = {"batched generate": batched_generate, "atp_rl.rollout
 
 
 def rounds_work(rounds: int) -> Work:
-    play = Play(rounds=rounds, supervision={"probability": 0.1}, history_window=rounds, sampling=SAMPLING)
+    play = Play(rounds=rounds, supervision={"probability": 0.1}, history_window=rounds, sampling=ANSWER)
     return Work(f"8 scenarios x {rounds} rounds", pick_scenarios("held_out", 8), 1, play)
 
 
@@ -38,7 +42,7 @@ def seats_work(seats: int) -> Work:
     rules: dict[str, Any] = {"n": 2, "fixed": 1} if seats == 1 else {"n": seats}
     rules["threshold"] = max(1, seats // 2)
     games = load({"testbed": "collusion", "split": "train", "per_family": 1, **rules})[:4]
-    play = Play(rounds=3, supervision="all_unsupervised", history_window=3, sampling=SAMPLING)
+    play = Play(rounds=3, supervision="all_unsupervised", history_window=3, sampling=ANSWER)
     return Work(f"4 games x {seats} seat{'s' * (seats > 1)} x 3 rounds", games, 1, play)
 
 
@@ -61,7 +65,7 @@ def _measure(
     """The rows of every size, and the exponents of every way."""
     policy = make_policy()
     _contest(work_of(sizes[0]), policy).run(1, report)  # what torch and transformers do once
-    contests = [_contest(work_of(size), policy).run(min(2, repeats), report) for size in sizes]
+    contests = [_contest(work_of(size), policy).run(repeats if size < 16 else 1, report) for size in sizes]
     fits = []
     for way in WAYS:
         seconds = [min(contest.seconds[way]) for contest in contests]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atp_rl.evolve.learners import training_rows
+from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import rollout
 from tests.benchmarks import growth, profile_step, propensity, startup
 from tests.benchmarks.__main__ import main
@@ -40,6 +41,7 @@ def test_trl_plays_the_same_scenarios_and_learns_from_them():
     work = step_work(2, scenarios=2, group_size=2)
     step = TrlStep(work, batch_size=2)
     model = step.trainer.model
+    assert model is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     seconds, played = step()
     assert seconds > played.seconds > 0
@@ -76,9 +78,8 @@ def test_games_have_so_many_seats(seats, decisions):
 def test_every_round_is_in_the_prompt():
     work = growth.rounds_work(3).part(1)
     policy = make_policy()
-    (episode,) = rollout(
-        work.scenarios, EvolutionStep(policy, work).sampler, work.play, group_size=1, seed=(0,)
-    ).episodes
+    played = rollout(work.scenarios, HFSampler(policy), work.play, group_size=1, seed=(0,))
+    (episode,) = played.episodes
     assert len(training_rows(episode.turns)) == 1
 
 

@@ -28,8 +28,6 @@ from atp_rl.types import Chat, Completion, Group, SamplingParams
 from tests.benchmarks.evolution_step import LEARNING_RATE, REWARDS
 from tests.benchmarks.rollouts import LORA, Work
 
-warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
-
 
 class TrlStep:
     """A trainer that takes one step per call."""
@@ -67,19 +65,24 @@ class TrlStep:
         )
         datasets.disable_progress_bars()
         set_seed(0)
-        self.trainer = GRPOTrainer(
-            model=get_peft_model(load_base(TINY), LORA),  # pyright: ignore[reportArgumentType]
-            reward_funcs=lambda episode_reward, **_: episode_reward,
-            args=config,
-            train_dataset=datasets.Dataset.from_list([{"prompt": scenario.id} for scenario in work.scenarios]),
-            processing_class=load_chat(TINY).tokenizer,
-            rollout_func=self._play,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+            self.trainer = self._trainer(config)
         self.trainer.remove_callback(PrinterCallback)
         self.clock = _StepClock()
         self.trainer.add_callback(self.clock)
         self.sampler = _TrlSampler(self.trainer, load_chat(TINY))
         self.played: Rollout | None = None
+
+    def _trainer(self, config: GRPOConfig) -> GRPOTrainer:
+        return GRPOTrainer(
+            model=get_peft_model(load_base(TINY), LORA),  # pyright: ignore[reportArgumentType]
+            reward_funcs=lambda episode_reward, **_: episode_reward,
+            args=config,
+            train_dataset=datasets.Dataset.from_list([{"prompt": name} for name in self.scenarios]),
+            processing_class=load_chat(TINY).tokenizer,
+            rollout_func=self._play,
+        )
 
     def __call__(self) -> tuple[float, Rollout]:
         """Seconds of the step (generation, rewards, update; no set-up of the trainer), and what it played."""
