@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -127,6 +127,13 @@ def _table(record: dict[str, Any]) -> Table:
             f"{row['times_faster']:.1f}" if "times_faster" in row else "",
         )
     return table
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the GPU benchmark needs neither TRL nor an installed atp_rl
+        return None
 
 
 def _processor() -> str:

@@ -3,10 +3,11 @@
     python -m tests.gpu.bench --out gpu_bench.json
 
 The model has Qwen3-8B's shape and random weights in bf16, made on the device: nothing is downloaded. It needs nothing
-beyond torch, transformers, accelerate, peft, bitsandbytes (for QLoRA) and the small packages that atp_rl
-imports. Replies of random weights are nonsense of full length, and no two are equal: a trained model's JSON answers end
-earlier and coincide, so that it does less. The parts run in order of importance, every one prints a line and is written
-to the file at once; one that fails or runs out of memory is recorded, and the others go on.
+beyond torch, transformers, accelerate, peft, bitsandbytes (for QLoRA alone) and a few small wheels: numpy, scipy,
+networkx, pydantic, omegaconf, pyyaml, jinja2, rich. Replies of random weights are nonsense of full length, and no two
+are equal: a trained model's JSON answers end earlier and coincide, so that it does less. The parts run in order of
+importance; every one prints a line and is written to the file at once; one that fails or runs out of memory is
+recorded, and the others go on.
 
 Model-flops use (MFU) is flops per token x tokens/s / peak, where the flops are 6 N (as if all weights were trained) or
 4 N (what LoRA has to do: forward 2 N, gradients of activations 2 N); N counts the weights of the base that a token is

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,18 @@ def test_every_part_runs_and_is_written(tmp_path, capsys):
 
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["part"] for line in printed] == list(parts)
+
+
+def test_it_needs_few_packages(tmp_path):
+    """A lent machine has no more than the page of the benchmark names."""
+    absent = ["trl", "datasets", "wandb", "statsmodels", "lifelines", "matplotlib", "typer", "math_verify", "sandlock"]
+    arguments = ["--model-shape", "tiny", "--only", "rollout", "step", "--out", str(tmp_path / "gpu.json")]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"from tests.gpu.bench import main; sys.exit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
