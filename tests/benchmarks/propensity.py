@@ -17,7 +17,7 @@ from tests.benchmarks.generate import GenerateSampler
 from tests.benchmarks.rollouts import SAMPLING, make_policy, pick_scenarios
 from tests.benchmarks.timing import Contest, Report, clocked
 
-SCENARIOS, SAMPLES = 32, 64
+SCENARIOS, SAMPLES = 16, 64
 
 AT_ONCE = 256
 """Rows that `generate` is given at once, each prompt `SAMPLES` times among them; `HFSampler`'s own default too."""
