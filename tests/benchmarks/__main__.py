@@ -35,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="times that everything is run (default 3)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts (default: all)")
     chosen = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
+    hush()
     console = Console(width=None if sys.stdout.isatty() else 120)
     record: dict[str, Any] = machine() | {"repeats": chosen.repeats, "rows": [], "growth": [], "memory": []}
     with console.status("loading") as status:
@@ -87,6 +85,13 @@ def run(section: str, repeats: int, report: Report) -> dict[str, list[dict[str, 
     from tests.benchmarks import seats
 
     return {"memory": seats.memory()}
+
+
+def hush() -> None:
+    """Nothing of what libraries say about each other."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that only 4-bit weights need
 
 
 def machine() -> dict[str, Any]:

@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from atp_rl.evolve.learners import training_rows
 from atp_rl.model.policy import Policy
 from atp_rl.types import Group
-from tests.benchmarks.__main__ import machine
+from tests.benchmarks.__main__ import hush, machine
 from tests.benchmarks.evolution_step import SAMPLER_MODES, EvolutionStep, step_work
 from tests.benchmarks.rollouts import make_policy
 
@@ -134,6 +134,8 @@ class Tree(NamedTuple):
 
 
 class Floor(NamedTuple):
+    tokens: int
+    """That have to be read, shared ones once."""
     flops: float
     bytes: float
 
@@ -169,8 +171,8 @@ def floors(policy: Policy, groups: Sequence[Group]) -> dict[str, Floor]:
     weights = size * (layers + head + adapter)
     backward = (2 * layers + 4 * adapter) * learned.tokens + 2 * head * acted + 2 * attention * learned.context
     return {
-        "rollout": Floor(forward(read, len(drawn)), waits * weights + kept * sum(map(len, drawn))),
-        "update": Floor(forward(learned, acted) + backward, 2 * weights + 7 * size * adapter),
+        "rollout": Floor(read.tokens, forward(read, len(drawn)), waits * weights + kept * sum(map(len, drawn))),
+        "update": Floor(learned.tokens, forward(learned, acted) + backward, 2 * weights + 7 * size * adapter),
     }
 
 
@@ -233,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode", choices=list(SAMPLER_MODES), default="sampled", help="how replies are drawn")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     chosen = parser.parse_args(arguments)
+    hush()
     record = machine() | {
         "mode": chosen.mode,
         "matmul_flops": matmul_speed(1024, 1024, 1024),
@@ -269,6 +272,8 @@ def _table(step: Mapping[str, Any], record: Mapping[str, Any]) -> Table:
             f"floor of the {phase}: {floor['flops'] / 1e9:.2f} GFLOP, {floor['bytes'] / 1e6:.0f} MB",
             f"{operations:.3f} + {moved:.3f}",
             f"{(operations + moved) / took:.0%} of it",
+            "",
+            f"{floor['tokens']:,}",
         )
     return table
 

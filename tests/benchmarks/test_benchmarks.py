@@ -112,10 +112,12 @@ def test_profile_accounts_for_the_whole_step():
     assert {"update: forward", "update: backward", "update: optimizer", "update: rest"} <= parts.keys()
     assert all(part.seconds > 0 for part in parts.values())
     rollout_s = sum(part.seconds for name, part in parts.items() if name.startswith("rollout"))
-    assert rollout_s == pytest.approx(played.seconds, rel=0.2)
+    assert rollout_s >= played.seconds
     prompts = {turn.prompt_ids for episode in played.episodes for turn in episode.turns}
     assert parts["rollout: prompts"].tokens >= sum(map(len, prompts))
     floor = floors(policy, played.groups)
+    assert max(map(len, prompts)) < floor["rollout"].tokens < sum(len(p) + 16 for p in prompts) + 1
+    assert floor["update"].tokens <= parts["update: forward"].tokens
     assert floor["update"].flops > 2 * floor["rollout"].flops * 0.9  # forward and backward of about the same tokens
 
 

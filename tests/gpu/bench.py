@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, rollout
 from atp_rl.types import SamplingParams
-from tests.benchmarks.__main__ import machine
+from tests.benchmarks.__main__ import hush, machine
 from tests.benchmarks.evolution_step import EvolutionStep
 from tests.benchmarks.rollouts import Work, pick_scenarios
 from tests.gpu.shapes import DEVICE, SHAPES, Shape, make_policy, matmul_weights
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--model-shape", choices=list(SHAPES), default="qwen3-8b")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel
+    hush()
     bench = Bench(SHAPES[chosen.model_shape], chosen.out)
     for section in chosen.only:
         PARTS[section](bench)
