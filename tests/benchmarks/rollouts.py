@@ -22,6 +22,7 @@ from tests.benchmarks import seats
 from tests.benchmarks.generate import GenerateSampler
 
 SAMPLING = SamplingParams(max_new_tokens=16)
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
@@ -164,20 +165,19 @@ def measure(repeats: int, report: Callable[[str], None]) -> list[dict[str, Any]]
 
 def make_policy() -> Policy:
     """The packaged model with a fresh adapter of the tiny recipes' shape, active in every way of playing."""
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return Policy.load(TINY, lora=lora, seed=0)
+    return Policy.load(TINY, lora=LORA, seed=0)
 
 
 def evaluation_work() -> Work:
     """Six rounds with the last five in the prompt, as in the paper."""
     play = Play(rounds=6, supervision="alternating", history_window=5, sampling=SAMPLING)
-    return Work("64 scenarios x 6 rounds", _scenarios("held_out", 64), 1, play)
+    return Work("64 scenarios x 6 rounds", pick_scenarios("held_out", 64), 1, play)
 
 
 def training_work() -> Work:
     """What one training step of the tiny recipe plays."""
     play = Play(rounds=1, supervision={"probability": 0.1}, history_window=5, sampling=SAMPLING)
-    return Work("32 scenarios x 8 episodes x 1 round", _scenarios("train", 32), 8, play)
+    return Work("32 scenarios x 8 episodes x 1 round", pick_scenarios("train", 32), 8, play)
 
 
 def seats_work() -> Work:
@@ -185,7 +185,7 @@ def seats_work() -> Work:
     return Work("7 games x 8 seats x 1 round", seats.games(), 1, seats.PLAY)
 
 
-def _scenarios(split: str, count: int) -> list[Scenario]:
+def pick_scenarios(split: str, count: int) -> list[Scenario]:
     """As many of each family as there are of the others, to within one."""
     found = load({"split": split, "per_family": count})
     return sorted(found, key=lambda scenario: int(scenario.id.split("/")[2]))[:count]
