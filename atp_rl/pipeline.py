@@ -104,7 +104,7 @@ def _check_environments(recipe: Recipe, suites: Suites) -> dict[str, set[tuple[s
     rounds = dict.fromkeys(("gate", "held_in", "held_out"), recipe.evaluate.rounds or world.rounds)
     rounds |= {"train": world.rounds} | ({"align": align.rounds} if align and aligns else {})
     seats: dict[str, set[tuple[str, ...]]] = {}
-    tools = False
+    tools, names = False, True
     for name, played in rounds.items():
         seats[name] = set()
         for scenario in getattr(suites, name):
@@ -116,9 +116,14 @@ def _check_environments(recipe: Recipe, suites: Suites) -> dict[str, set[tuple[s
                 history_window=world.history_window,
             )
             tools |= env.runs_tools
+            names &= env.names_options
             seats[name].add(tuple(seat for seat in env.seats if seat not in env.frozen))
     if tools:
         Sandbox.find()
+    if recipe.sampler.mode == "choice" and not names:
+        raise InputError("`sampler.mode`: choice needs decisions that are names of options; set it to free here")
+    if recipe.sampler.mode == "choice" and recipe.model.thinking:
+        raise InputError("`sampler.mode`: choice is for models that answer at once; set it to free, or thinking=false")
     if align and aligns and align.method == "grpo" and suites.align[0].extra.get("calling") == "template":
         raise InputError("`align.method`: TRL's GRPO does not announce our tool; use dpo, or the calling json")
     if align and aligns and align.rounds > 1 and suites.align[0].testbed == "tool_use":

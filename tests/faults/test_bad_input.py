@@ -340,9 +340,17 @@ def test_an_overlay_alone_runs_nothing(refused):
     assert "nothing to run" in refused("run", overlay, "--dry-run")
 
 
-def test_several_processes_are_refused(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "a run is one process on one GPU" in refused(*run())
+def test_a_launcher_that_kept_no_promise(refused, monkeypatch):
+    monkeypatch.setenv("ATP_RL_PROMISED", "2 ddp")
+    assert "the launch file promises 2 process(es) with ddp, but here are 1 with none" in refused(*run())
+
+
+def test_choice_mode_where_decisions_are_no_names_of_options(refused):
+    tools = Path(ROLE_PLAY).with_name("tool_use.yaml")
+    message = refused("run", tools, "sampler.mode=choice", "track.wandb=disabled", "run.dir=run")
+    assert "`sampler.mode`: choice needs decisions that are names of options" in message
+    message = refused("run", ROLE_PLAY, "sampler.mode=choice", "model.thinking=true", "run.dir=run")
+    assert "`sampler.mode`: choice is for models that answer at once" in message
 
 
 def test_weights_that_are_none(refused):
