@@ -177,8 +177,9 @@ def test_the_cache_is_what_the_tensors_take(tiny, dtype):
     policy = Policy.load("tiny", lora=lora(64), seed=0, dtype=dtype)
     sampler = HFSampler(policy)
     prompt = tuple(5 + i % 900 for i in range(150))
-    sampler.generate([Chat([], prompt, ("a",), (0, k)) for k in range(3)], SamplingParams(8))
-    (read,) = sampler._read
+    sampler.generate([Chat([], (k, *prompt), (), (0, k)) for k in range(3)], SamplingParams(8))
+    read = sampler._read
+    assert len(read.sequences) == 3
     longest = max(map(len, read.sequences))
     assert nbytes(t for layer in read.stored for t in layer) == kv_bytes(tiny, dtype, 3, longest)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atp_rl.defenses import DEFENSES, Defense, LossBatch
-from atp_rl.evolve import loop
+from atp_rl.evolve import setup
 from atp_rl.evolve.learners import training_rows
 from atp_rl.model.policy import Policy, hash_tensors, load_base
 from atp_rl.tracking.run import Interrupted
@@ -165,13 +165,16 @@ def test_another_adapter_in_its_place_is_noticed_on_resume(tmp_path):
 
 
 def test_a_sampler_that_plays_another_policy_stops_the_run(tmp_path, monkeypatch):
-    class Stale(loop.HFSampler):
+    class Stale(setup.HFSampler):
         """Plays the aligned adapter, whatever was learned."""
 
-        def __init__(self, policy: Policy, *, batch_size: int) -> None:
+        def __init__(self, policy: Policy, *, batch_size: int, mode: str) -> None:
             super().__init__(policy, "aligned", batch_size=batch_size)
 
-    monkeypatch.setattr(loop, "HFSampler", Stale)
+    monkeypatch.setattr(setup, "HFSampler", Stale)
     recipe = small_recipe(tmp_path / "run", "evolve.learning_rate=0.3", steps=4)
-    with pytest.raises(RuntimeError, match="the sampler does not play the policy that learns"):
+    with pytest.raises(RuntimeError, match="the sampler kept old weights"):
         run_of(recipe)
+    monkeypatch.setattr(setup.SyncProbe, "check", lambda *_: {})  # what was learned from says it too
+    with pytest.raises(RuntimeError, match="the sampler does not play the policy that learns"):
+        run_of(small_recipe(tmp_path / "other", "evolve.learning_rate=0.3", steps=4))
