@@ -58,11 +58,14 @@ def run(
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
     resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
     if dry_run:
+        from atp_rl.launch import promise
         from atp_rl.memory_plan import memory_lines
 
         suites = pipeline.check(resolved)
         Run.check_new(Path(resolved.run.dir))
-        plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites)]
+        count, wrapper = promise(launch, resolved) if launch else (1, "none")
+        shards = count if wrapper in ("fsdp2", "zero3") else 1
+        plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites, ranks=count, shards=shards)]
         print("\n".join(plan), dump(resolved), sep="\n\n", end="")
     elif launch:
         from atp_rl.launch import run

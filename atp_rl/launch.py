@@ -31,7 +31,8 @@ def run(recipe: Recipe, file: Path) -> Path:
         Interrupted: after a signal; `resume` continues.
         SystemExit: a stage failed; what it printed says why.
     """
-    _promise(file, recipe)
+    promise(file, recipe)
+    _check_gpus(file)
     directory, _ = pipeline.start(recipe)
     return _stages(recipe, directory, file)
 
@@ -43,7 +44,9 @@ def resume(path: Path, file: Path) -> Path:
 
 
 def _stages(recipe: Recipe, run: Run, file: Path) -> Path:
-    environment = {ranks.PROMISED: _promise(file, recipe), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_STOP)}
+    count, wrapper = promise(file, recipe)
+    _check_gpus(file)
+    environment = {ranks.PROMISED: f"{count} {wrapper}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_STOP)}
     for stage in pipeline.stages(recipe):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
         code = _passing_signals_on([*command, "-m", "atp_rl", "resume", str(run.path), "--stage", stage], environment)
@@ -56,8 +59,8 @@ def _stages(recipe: Recipe, run: Run, file: Path) -> Path:
     return run.path
 
 
-def _promise(file: Path, recipe: Recipe) -> str:
-    """What the launch file says that there will be: `<ranks> <wrapper>`.
+def promise(file: Path, recipe: Recipe) -> tuple[int, ranks.Wrapper]:
+    """How many ranks the launch file says that there will be, and how the base weights are spread over them.
 
     Raises:
         InputError: it is no launch file of Accelerate's, or its wrapper does not fit the recipe.
@@ -78,11 +81,16 @@ def _promise(file: Path, recipe: Recipe) -> str:
     elif kind == DistributedType.FSDP:
         wrapper = "fsdp2"
     pipeline.check_wrapper(recipe, wrapper)
-    here = torch.cuda.device_count()
-    if wrapper != "none" and config.num_machines == 1 and here != count:
+    return count, wrapper
+
+
+def _check_gpus(file: Path) -> None:
+    """Raises InputError unless there is a GPU for each process, as far as this machine can tell."""
+    config: Any = load_config_from_file(str(file))
+    here, count = torch.cuda.device_count(), int(config.num_processes)
+    if config.distributed_type != DistributedType.NO and config.num_machines == 1 and here != count:
         fix = "make them equal" if here else "on CPUs use launch/cpu_2proc.sh"
         raise InputError(f"--launch {file}: `num_processes` is {count}, but {here} GPUs are visible; {fix}")
-    return f"{count} {wrapper}"
 
 
 def _passing_signals_on(command: list[str], environment: dict[str, str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import AutoConfig
 
@@ -33,8 +35,13 @@ ASSUMED_GPU = 80 * GIB
 """Where there is no GPU to ask: an A100 or H100 of 80 GB."""
 
 
-def memory_lines(recipe: Recipe, suites: Suites) -> list[str]:
-    """The table, or one line that says why there is none. Reads configuration and tokenizer from the disk alone."""
+def memory_lines(recipe: Recipe, suites: Suites, *, ranks: int = 1, shards: int = 1) -> list[str]:
+    """The table, or one line that says why there is none. Reads configuration and tokenizer from the disk alone.
+
+    Args:
+        ranks: processes that share what is played in evolution, and the rows that are learned from.
+        shards: GPUs over which the base weights are spread.
+    """
     model = recipe.model
     try:
         config = AutoConfig.from_pretrained(
@@ -51,18 +58,18 @@ def memory_lines(recipe: Recipe, suites: Suites) -> list[str]:
         return [f"memory: not estimated, since the formulae are for decoders with gated MLPs: {reason}"]
     here = torch.cuda.is_available()
     gpu = torch.cuda.get_device_properties(0).total_memory if here else ASSUMED_GPU
-    phases = [*_align(recipe, suites, shape, chat), *_evolve(recipe, suites, shape, chat)]
+    phases = [*_align(recipe, suites, shape, chat, shards), *_evolve(recipe, suites, shape, chat, ranks, shards)]
     return lines(phases, gpu, assumed=not here)
 
 
-def _align(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat) -> list[Phase]:
+def _align(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat, shards: int) -> list[Phase]:
     settings, model = recipe.align, recipe.model
     unused = recipe.evolve is not None and recipe.evolve.start_from != "aligned"
     if settings is None or settings.method is None or settings.adapter or unused:
         return []
     trl, reply = settings.trl, settings.max_new_tokens
     tokens, _ = _episode(suites.align, chat, recipe.scenarios.history_window, settings.rounds, reply)
-    weights = weights_bytes(shape, model.dtype, model.quantize)
+    weights = weights_bytes(shape, model.dtype, model.quantize, shards=shards)
     asked = min(recipe.evaluate.batch_size, 2 * len(suites.align))
     sample = Phase(
         "align: ask",
@@ -99,7 +106,7 @@ def _align(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat) -> li
     return [sample, train]
 
 
-def _evolve(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat) -> list[Phase]:
+def _evolve(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat, ranks: int, shards: int) -> list[Phase]:
     settings, model, world, measured = recipe.evolve, recipe.model, recipe.scenarios, recipe.evaluate
     if settings is None:
         return []
@@ -108,11 +115,11 @@ def _evolve(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat) -> l
     live = seats if settings.learner in POPULATIONS else 1
     adapters = live + (settings.start_from != "base")  # and the anchor
     fixed = {
-        "base weights": weights_bytes(shape, model.dtype, model.quantize),
+        "base weights": weights_bytes(shape, model.dtype, model.quantize, shards=shards),
         "adapters": adapters_bytes(shape, adapters),
     }
     trained = settings.scenarios_per_step * settings.group_size if learns else 0
-    played = seats * max(trained, measured.samples * len(suites.held_out))
+    played = math.ceil(seats * max(trained, measured.samples * len(suites.held_out)) / ranks)
     most = max(world.rounds, measured.rounds or 0)
     tokens, _ = _episode([*suites.train, *suites.held_out], chat, world.history_window, most, settings.max_new_tokens)
     rows = min(measured.batch_size, played)
@@ -127,7 +134,8 @@ def _evolve(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat) -> l
     if not learns:
         return [play]
     tokens, acted = _episode(suites.train, chat, world.history_window, world.rounds, settings.max_new_tokens)
-    rows = min(settings.micro_batch or trained * seats, trained * seats)
+    own = math.ceil(trained * seats / ranks)
+    rows = min(settings.micro_batch or own, own)
     update = Phase(
         "evolve: update",
         fixed

@@ -13,7 +13,7 @@ import torch
 from atp_rl import launch
 from atp_rl.recipe import load
 from atp_rl.types import InputError
-from tests.command_line import atp, start
+from tests.command_line import ROLE_PLAY, atp, start
 from tests.invariants.test_processes import evolution
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "accelerate"
@@ -82,26 +82,24 @@ def test_a_stage_that_fails_says_so_and_keeps_its_exit_code(one_cpu, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "expected"),
+    ("name", "expected"),
     [
-        ("ddp.yaml", 8, "8 ddp"),
-        ("fsdp2.yaml", 8, "8 fsdp2"),
-        ("zero2.yaml", 8, "8 zero2"),
-        ("single_gpu.yaml", 1, "1 none"),
+        ("ddp.yaml", (8, "ddp")),
+        ("fsdp2.yaml", (8, "fsdp2")),
+        ("zero2.yaml", (8, "zero2")),
+        ("single_gpu.yaml", (1, "none")),
     ],
 )
-def test_what_the_shipped_files_promise(name, gpus, expected, monkeypatch):
+def test_what_the_shipped_files_promise(name, expected, monkeypatch):
     monkeypatch.chdir(LAUNCH.parents[1])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert launch._promise(LAUNCH / name, recipe()) == expected
+    assert launch.promise(LAUNCH / name, recipe()) == expected
 
 
 def test_sharded_optimizers_of_deepspeeds_third_stage_are_for_alignment_alone(monkeypatch):
     monkeypatch.chdir(LAUNCH.parents[1])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(InputError, match=r"ZeRO-3 does not allow; use launch/accelerate/fsdp2\.yaml"):
-        launch._promise(LAUNCH / "zero3.yaml", recipe())
-    assert launch._promise(LAUNCH / "zero3.yaml", load(["align.method=dpo"])) == "8 zero3"
+        launch.promise(LAUNCH / "zero3.yaml", recipe())
+    assert launch.promise(LAUNCH / "zero3.yaml", load(["align.method=dpo"])) == (8, "zero3")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_sharded_optimizers_of_deepspeeds_third_stage_are_for_alignment_alone(mo
 def test_more_processes_than_gpus_are_refused(gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(InputError, match=f"`num_processes` is 8, but {expected}"):
-        launch._promise(LAUNCH / "ddp.yaml", recipe())
+        launch._check_gpus(LAUNCH / "ddp.yaml")
 
 
 @pytest.mark.parametrize("content", ["just text", "[1, 2]", "num_processes: many\ndistributed_type: MULTI_GPU", None])
@@ -121,3 +119,12 @@ def test_a_file_that_is_no_launch_file_is_refused_before_anything_is_made(conten
     _, errors = atp(*evolution("run.dir=run"), "--launch", file, cwd=tmp_path, expect=2)
     assert f"atp: --launch {file}: not a configuration of `accelerate launch`" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_the_processes_of_the_launch_file(tmp_path):
+    def update(*options: str) -> float:
+        output, _ = atp("run", ROLE_PLAY, "track.wandb=disabled", "--dry-run", *options, cwd=tmp_path)
+        (line,) = [line for line in output.splitlines() if line.startswith("activations")]
+        return float(line.split()[-1])
+
+    assert update("--launch", str(LAUNCH / "fsdp2.yaml")) == pytest.approx(update() / 8, abs=0.01)
