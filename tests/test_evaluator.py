@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +16,7 @@ from atp_rl.evaluate import drift
 from atp_rl.evaluate.drift import adapter_distance, kl_to_aligned
 from atp_rl.evaluate.evaluator import decision_propensity, evaluate, measure, tally
 from atp_rl.model.chat import ChatFormat
-from atp_rl.model.policy import Policy, load_base
+from atp_rl.model.policy import load_base
 from atp_rl.model.portions import portions
 from atp_rl.model.sampler import HFSampler, TextSampler
 from atp_rl.rollout import Play
@@ -278,22 +277,13 @@ def test_the_kl_is_that_of_every_reply_computed_alone(anchored, monkeypatch):
 def test_the_kl_by_hand():
     # a policy whose next-token distribution is (1/2, 1/2) after any token, to an anchor of (1/4, 3/4): per token
     # KL = log 2 / 2 + log(2/3) / 2; replies of 1 and 3 tokens, so 2 tokens a reply
-    class Fixed:
-        def __init__(self, *probabilities: float) -> None:
-            self.logits = torch.tensor(probabilities).log()
-
-        def __call__(self, input_ids, use_cache, logits_to_keep):
-            logits = self.logits.expand(len(input_ids), len(logits_to_keep), -1)
-            return type("Output", (), {"logits": logits})
-
     class Pair:
         live = ("policy",)
-        device = torch.device("cpu")
-        chat = type("Chat", (), {"pad_id": 0})
-        acted_distribution, _acted_logits = Policy.acted_distribution, Policy._acted_logits
 
-        def using(self, which):
-            return nullcontext(Fixed(0.5, 0.5) if which == "policy" else Fixed(0.25, 0.75))
+        def acted_distribution(self, rows, acted, players):
+            probabilities = (0.5, 0.5) if players == "policy" else (0.25, 0.75)
+            mask = torch.arange(3) < torch.tensor([len(each) for each in acted]).unsqueeze(1)
+            return torch.tensor(probabilities).log().expand(len(rows), 3, 2), mask
 
     per_token = (math.log(2) + math.log(2 / 3)) / 2
     turns = [turn((1, 0), (1,)), turn((1,), (0, 0, 1))]

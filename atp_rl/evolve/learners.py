@@ -274,7 +274,7 @@ def own_rows(rows: Sequence[T]) -> list[tuple[T, bool]]:
     nothing.
     """
     most = -(-len(rows) // ranks.world_size())
-    own = rows[ranks.rank() :: ranks.world_size()]
+    own = ranks.share(rows)  # neighbours, which share their beginnings
     return [(row, True) for row in own] + [(row, False) for row in rows[:1]] * (most - len(own))
 
 

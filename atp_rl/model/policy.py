@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from atp_rl import ranks
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.mixture import BASE, mixture
+from atp_rl.model.prefix_trees import Packed, pack
 from atp_rl.model.shards import shard
 from atp_rl.model.token_logprobs import token_logprobs
 from atp_rl.model.training_templates import training_template
@@ -210,7 +212,8 @@ class Policy:
     ) -> ActedTokens:
         """Log-probabilities of the tokens at positions `acted[i]` of `rows[i]`, each given all tokens before it.
 
-        One forward for all rounds of an episode; logits are computed at acted positions alone.
+        One forward for all rounds of an episode, and for all rows: what they share from their beginning is computed
+        once. Logits are computed at acted positions alone.
 
         Args:
             rows: token ids, ragged.
@@ -222,27 +225,43 @@ class Policy:
             self._recomputed() if isinstance(players, str) else nullcontext()
         )  # a mixture's hooks are gone then
         with recomputed:
-            logits, targets, mask = self._acted_logits(rows, acted, players)
-        logprobs, entropy = token_logprobs(logits, targets, temperature)
-        return ActedTokens(logprobs.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0), mask)
+            logits, packed = self._acted_logits(rows, acted, players)
+        index, mask = packed.index.to(self.device), packed.mask.to(self.device)
+        logprobs, entropy = token_logprobs(logits, packed.targets.to(self.device), temperature)
+        return ActedTokens(logprobs[index].masked_fill(~mask, 0.0), entropy[index].masked_fill(~mask, 0.0), mask)
 
     def acted_distribution(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, A, V] of every token where one was acted, in the model's type, and mask [B, A]; no gradient."""
         with torch.no_grad():
-            logits, _, mask = self._acted_logits(rows, acted, players)
-            return logits, mask
+            logits, packed = self._acted_logits(rows, acted, players)
+            return logits[packed.index.to(self.device)], packed.mask.to(self.device)
 
     def _acted_logits(
         self, rows: Sequence[Sequence[int]], acted: Sequence[Sequence[int]], players: str | Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        where: dict[str, Any] = {"pad_id": self.chat.pad_id, "device": self.device}
-        if isinstance(players, str):
-            with self.using(players) as model:
-                return acted_logits(model, rows, acted, **where)
-        with self.mixed(players):
-            return acted_logits(self.model, rows, acted, **where)
+    ) -> tuple[Tensor, Packed]:
+        """Logits [Q, V] that predict the different tokens that were acted, and where each of them is."""
+        single = isinstance(players, str)
+        packed = pack(rows, acted, [players] * len(rows) if isinstance(players, str) else players)
+        base: Any = self.model.get_base_model()
+        head = base.get_output_embeddings()
+        if not single and isinstance(head, LoraLayer):
+            raise ValueError("adapters of the output layer cannot be mixed in a batch; leave it out of target_modules")
+        r, c = (place.to(self.device) for place in packed.places)
+        picks = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][r, c].unsqueeze(0),))
+        options: dict[str, Any] = {"input_ids": packed.ids.to(self.device), "use_cache": False}
+        if packed.positions is not None and packed.sees is not None:
+            hidden = torch.zeros(packed.sees.shape, dtype=base.dtype).masked_fill_(~packed.sees, float("-inf"))
+            options |= {
+                "position_ids": packed.positions.to(self.device),
+                "attention_mask": hidden.unsqueeze(1).to(self.device),  # [R, 1, T, T]
+            }
+        try:
+            with self.using(players) if isinstance(players, str) else self.mixed(packed.players):
+                return self.model(**options).logits[0], packed
+        finally:
+            picks.remove()
 
     @contextmanager
     def _recomputed(self) -> Iterator[None]:
@@ -388,32 +407,6 @@ def _empty_adapter(config: Any, lora: PeftConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
     return {key: tuple(value.shape) for key, value in adapter_tensors(model, "default").items()}
-
-
-def acted_logits(
-    model: torch.nn.Module,
-    rows: Sequence[Sequence[int]],
-    acted: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, A, V] that predict the acted tokens, those tokens [B, A], and the mask [B, A] of real ones."""
-    width = max(map(len, rows))
-    # right padding: attention is causal, so no real token ever sees a pad and no attention mask is needed
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
-    kept = sorted({position - 1 for positions in acted for position in positions})
-    column = {position: i for i, position in enumerate(kept)}
-    positions = torch.tensor(kept, device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-    most = max(map(len, acted))
-    where = [[column[p - 1] for p in positions] + [0] * (most - len(positions)) for positions in acted]
-    tokens = [
-        [row[p] for p in positions] + [0] * (most - len(positions)) for row, positions in zip(rows, acted, strict=True)
-    ]
-    mask = torch.tensor([[k < len(positions) for k in range(most)] for positions in acted], device=device)
-    index = torch.tensor(where, device=device)
-    return logits[torch.arange(len(rows), device=device).unsqueeze(1), index], torch.tensor(tokens, device=device), mask
 
 
 def adapter_tensors(model: torch.nn.Module, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ LEARNING_RATE = 1e-5
 
 REWARDS = {"payoff": 1.0}
 
-SAMPLER_MODES: Mapping[str, Mapping[str, Any]] = {"sampled": {}}
+SAMPLER_MODES: Mapping[str, Mapping[str, Any]] = {"sampled": {}, "choice mode": {"mode": "choice"}}
 """The ways of drawing that are measured, with what `HFSampler` is told."""
 
 
