@@ -49,6 +49,7 @@ def _stages(recipe: Recipe, run: Run, file: Path) -> Path:
     environment = {ranks.PROMISED: f"{count} {wrapper}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_STOP)}
     for stage in pipeline.stages(recipe):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+        (run.path / "interrupted").unlink(missing_ok=True)  # what is there afterwards is of this stage
         code = _passing_signals_on([*command, "-m", "atp_rl", "resume", str(run.path), "--stage", stage], environment)
         run.wait_until_unlocked()
         if (run.path / "interrupted").exists():
@@ -94,11 +95,18 @@ def _check_gpus(file: Path) -> None:
 
 
 def _passing_signals_on(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command to its end; SIGINT, SIGTERM and SIGUSR1 reach all of its processes as SIGTERM. Its exit code."""
+    """Run a command to its end; SIGINT, SIGTERM and SIGUSR1 reach its processes as SIGTERM, a second SIGINT kills them.
+
+    Returns:
+        Its exit code.
+    """
     process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    asked = False
 
     def pass_on(number: int, frame: object) -> None:
-        os.killpg(process.pid, signal.SIGTERM)
+        nonlocal asked
+        os.killpg(process.pid, signal.SIGKILL if asked and number == signal.SIGINT else signal.SIGTERM)
+        asked = True
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -26,6 +26,7 @@ from atp_rl.evolve.setup import (
     load_policy,
     lora_config,
     make_sampler,
+    make_sync_probe,
     settings_of,
     training_play,
 )
@@ -324,7 +325,6 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
     with ExitStack() as stack:
         ranks.from_first(lambda: stack.enter_context(run.locked()))
         stop = stack.enter_context(stop_at_step_border())
-        stack.enter_context(run.marked_if_interrupted())
         if ranks.is_first():
             run.mirror = stack.enter_context(
                 WandbMirror.open(
@@ -340,6 +340,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
                     quiet=False,
                 )
             )
+        stack.enter_context(run.marked_if_interrupted())  # inside the mirror: marked before W&B uploads what is left
         _align(recipe, run, suites, stop=lambda: bool(stop))
         if ranks.any_rank(bool(stop)):
             raise Interrupted(f"stopped after alignment; `atp resume {run.path}` continues")
@@ -410,7 +411,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
     policy = load_policy(recipe, _anchor(recipe, run), suites)
-    sampler = make_sampler(recipe, policy)
+    sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
     with progress(len(chosen), "evaluate") as report:
@@ -419,6 +420,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 raise InputError(f"{folder}: broken checkpoint ({problem})")
             policy.restore(read_adapters(folder))
             sampler.sync(policy)
+            sync_probe.check(policy, sampler)
             record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
             records.append(record | {"overrides": list(overrides)})
             run.log_reevaluation(records[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ Wrapper = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 """How the base weights are spread: whole on every rank (ddp, zero2), or in shards."""
 
 PROMISED = "ATP_RL_PROMISED"
-"""Environment variable in which `--launch` tells its children what the launch file says: `<ranks> <wrapper>`."""
+"""Environment variable that says what whoever launched the ranks has promised: `<ranks>` or `<ranks> <wrapper>`."""
 
 PATIENCE = timedelta(hours=3)
 """How long a rank waits for another one: a long evaluation is no failure."""
@@ -35,7 +36,7 @@ def join() -> None:
     """Take part in the process group that the launcher has prepared, if there is one.
 
     Raises:
-        InputError: there are other processes, or another wrapper, than the launch file promised; several GPUs are
+        InputError: there are other processes, or another wrapper, than were promised; several GPUs are
             visible and a single process would leave all but one idle.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -44,10 +45,10 @@ def join() -> None:
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if promised := os.environ.get(PROMISED):
-        count, wrapper_name = promised.split()
-        if (world_size(), wrapper()) != (int(count), wrapper_name):
+        count, _, kind = promised.partition(" ")
+        if (world_size(), wrapper()) != (int(count), kind or wrapper()):
             raise InputError(
-                f"the launch file promises {count} process(es) with {wrapper_name}, but here are {world_size()} with "
+                f"the launch promises {promised.replace(' ', ' process(es) with ')}, but here are {world_size()} with "
                 f"{wrapper()}; on CPUs start them with torchrun (launch/cpu_2proc.sh), since accelerate starts only one"
             )
     elif not several and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
@@ -93,17 +94,18 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[count * at // of : count * (at + 1) // of]
 
 
-_before_meeting: list[Callable[[], None]] = []
+_before_meeting: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
 def before_meeting(wait: Callable[[], None]) -> None:
-    """Have `wait` called, on every rank, before each exchange between the ranks; one takes the place of another."""
-    _before_meeting[:] = [wait]
+    """Have this method called, on every rank, before each exchange between them, as long as its object is there."""
+    _before_meeting[:] = [weakref.WeakMethod(wait)]
 
 
 def _meet() -> None:
-    for wait in _before_meeting:
-        wait()
+    for method in _before_meeting:
+        if wait := method():
+            wait()
 
 
 def gather(items: Sequence[T]) -> list[T]:
@@ -132,16 +134,20 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() == 1:
         return make()
     _meet()
-    box: list[Any] = [None, None]
+    box: list[Any] = [None, None, None]
+    failure: Exception | None = None
     if is_first():
         try:
             box[0] = make()
         except Exception as error:
-            box[1] = error
+            failure, box[1], box[2] = error, isinstance(error, InputError), str(error)  # not all errors can be sent
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+    made, bad_input, message = box
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise InputError(message) if bad_input else RuntimeError(message)
+    return made
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:

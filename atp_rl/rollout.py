@@ -1,4 +1,4 @@
-"""Plays environments in lock step: all open seats of all of them go into one batched `generate` per round.
+"""Plays environments in lock step: all open seats of as many as fit go into one batched `generate` per round.
 
 The only place that decides which tokens a policy acted: a turn keeps the prompt that was read and the tokens that were
 drawn, and neither is ever made again from text.
@@ -64,7 +64,6 @@ def rollout(
         on_prompt: the defenses' changes to what is read.
     """
     begun = time.perf_counter()
-    chat_format = getattr(sampler, "chat", None)
     times = Counter[str]()
     numbered: list[tuple[Scenario, int]] = []
     for scenario in scenarios:
@@ -74,7 +73,34 @@ def rollout(
         [_Open(scenario, first + i, play, seed, sampler.version) for i in range(group_size)]
         for scenario, first in ranks.share(numbered)
     ]
-    open_episodes = [o for group in open_groups for o in group]
+    for wave in _waves(open_groups, getattr(sampler, "batch_size", None)):
+        _play(wave, sampler, play.sampling, on_prompt)
+    groups = ranks.gather([[o.episode for o in group] for group in open_groups])
+    tokens = sum(len(t.completion.token_ids) for group in groups for episode in group for t in episode.turns)
+    return Rollout(groups, tokens, time.perf_counter() - begun)
+
+
+def _waves(groups: Sequence[list[_Open]], most: int | None) -> list[list[_Open]]:
+    """Whole groups that are played together: at most so many conversations, or a single group; None is all of them.
+
+    What has been read of every conversation is kept until it ends, so their number is what bounds the memory.
+    """
+    waves: list[list[_Open]] = []
+    conversations = 0
+    for group in groups:
+        own = sum(len(o.env.seats) for o in group)
+        if not waves or (most is not None and conversations + own > most):
+            waves.append([])
+            conversations = 0
+        waves[-1] += group
+        conversations += own
+    return waves
+
+
+def _play(
+    open_episodes: Sequence[_Open], sampler: Sampler, sampling: SamplingParams, on_prompt: Sequence[PromptHook]
+) -> None:
+    chat_format = getattr(sampler, "chat", None)
     while pending := [(o, seat, messages) for o in open_episodes for seat, messages in o.env.observe().items()]:
         chats: list[Chat] = []
         for o, seat, messages in pending:
@@ -86,7 +112,7 @@ def rollout(
             prompt = chat_format.encode(messages, written, o.env.tools) if chat_format else []
             options = o.episode.scenario.options if o.env.names_options else ()
             chats.append(Chat(messages, prompt, options, o.reply_seed(seat), o.player(seat), o.env.tools))
-        completions = sampler.generate(chats, play.sampling)
+        completions = sampler.generate(chats, sampling)
         for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
             o.take(seat, chat, completion)
         if any(o.env.runs_tools for o in open_episodes):
@@ -95,9 +121,6 @@ def rollout(
         else:
             for o in open_episodes:
                 o.step()
-    groups = ranks.gather([[o.episode for o in group] for group in open_groups])
-    tokens = sum(len(t.completion.token_ids) for group in groups for episode in group for t in episode.turns)
-    return Rollout(groups, tokens, time.perf_counter() - begun)
 
 
 class _Open:

@@ -14,6 +14,7 @@ if (($# == 0)); then
 fi
 
 export CUDA_VISIBLE_DEVICES='' ACCELERATE_USE_CPU=true # also where there is a GPU
+export ATP_RL_PROMISED=2                              # each process looks whether there are so many
 export OMP_NUM_THREADS=1                             # a process a core
 export GLOO_SOCKET_IFNAME=lo                         # tensors go over the loopback interface
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}" # seconds to finish a step after a signal

@@ -72,7 +72,9 @@ def test_a_signal_reaches_the_stage_and_the_run_can_go_on(one_cpu, tmp_path):
 
 
 def test_a_stage_that_fails_says_so_and_keeps_its_exit_code(one_cpu, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(launch.pipeline, "start", lambda _: (launch.Run.create(tmp_path / "run", "nonsense: 1"), None))
+    run = launch.Run.create(tmp_path / "run", "nonsense: 1")
+    (tmp_path / "run" / "interrupted").write_text("an earlier stop")  # which is no news
+    monkeypatch.setattr(launch.pipeline, "start", lambda _: (run, None))
     with pytest.raises(SystemExit) as ended:
         launch.run(recipe(), one_cpu)
     assert ended.value.code not in (0, None)

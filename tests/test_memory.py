@@ -121,8 +121,8 @@ def test_activations_and_logits_of_qwen3_8b(qwen):
     assert activations_bytes(qwen, "bfloat16", 2, 500, checkpointing=False) == 1000 * 36 * layer
     assert activations_bytes(qwen, "bfloat16", 2, 500, checkpointing=True) == 1000 * (36 * 8192 + layer)
     # 4 copies of 2 bytes, and five chunks of 2^26 in single precision, since 1000 x 151936 is more
-    assert logits_bytes(qwen, "bfloat16", 4, 250) == 8 * 1000 * 151_936 + 20 * 2**26
-    assert logits_bytes(qwen, "bfloat16", 1, 10) == 8 * 10 * 151_936 + 20 * 10 * 151_936
+    assert logits_bytes(qwen, "bfloat16", 4, 250) == 4 * 1000 * 151_936 + 20 * 2**26
+    assert logits_bytes(qwen, "bfloat16", 1, 10) == 4 * 10 * 151_936 + 20 * 10 * 151_936
     assert fused_logits_bytes(qwen, "bfloat16", 4, 250) == 2 * 1000 * 32_768 + 6 * 1000 * 4096
 
 

@@ -116,3 +116,11 @@ def test_rows_that_share_nothing_stay_rows_without_a_mask():
     assert packed.targets.tolist() == [2, 3, 5]
     assert packed.index.tolist() == [[0, 1], [2, 0]]
     assert packed.mask.tolist() == [[True, True], [True, False]]
+
+
+def test_one_long_beginning_does_not_chain_all_rows_into_one_tree():
+    rows = [(*range(100), *range(1000 + 90 * i, 1090 + 90 * i)) for i in range(30)]  # 190 tokens, of which 100 shared
+    trees, tree_of, paths = forest(rows, ["policy"] * 30)
+    assert max(len(tree.tokens) for tree in trees) <= prefix_trees.MOST * 190
+    assert len(trees) == 5
+    assert [tuple(trees[t].tokens[n] for n in path) for t, path in zip(tree_of, paths, strict=True)] == rows

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_rl import ranks
+from atp_rl.model.service import StatusError
 from atp_rl.types import InputError
 
 
@@ -65,15 +66,16 @@ def test_the_stage_of_a_deepspeed_file_counts(tmp_path, monkeypatch):
     assert ranks.wrapper() == "zero3"
 
 
-@pytest.mark.parametrize("promised", ["2 ddp", "1 fsdp2"])
+@pytest.mark.parametrize("promised", ["2 ddp", "1 fsdp2", "2"])
 def test_a_broken_promise_of_the_launch_file_is_an_error(promised, monkeypatch):
     monkeypatch.setenv(ranks.PROMISED, promised)
-    with pytest.raises(InputError, match=f"promises {promised[0]} process.* but here are 1 with none"):
+    with pytest.raises(InputError, match=f"promises {promised[0]}.* but here are 1 with none"):
         ranks.join()
 
 
-def test_a_kept_promise_is_none(monkeypatch):
-    monkeypatch.setenv(ranks.PROMISED, "1 none")
+@pytest.mark.parametrize("promised", ["1 none", "1"])
+def test_a_kept_promise_is_none(promised, monkeypatch):
+    monkeypatch.setenv(ranks.PROMISED, promised)
     ranks.join()
 
 
@@ -105,10 +107,16 @@ def meet_two(rank: int, port: int) -> None:
     assert ranks.from_first(lambda: f"by {rank}") == "by 0"
 
     def fail() -> None:
-        raise InputError(f"rank {rank} saw it")
+        raise StatusError(503, f"rank {rank} saw it")  # it cannot be pickled and made again
 
     with pytest.raises(InputError, match="rank 0 saw it"):
         ranks.from_first(fail)
+
+    def break_down() -> None:
+        raise KeyError("rank 0 broke down")
+
+    with pytest.raises(KeyError if rank == 0 else RuntimeError, match="rank 0 broke down"):
+        ranks.from_first(break_down)
 
     both, one, none = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
     both.grad = torch.full((2, 2), 1.0 + rank)

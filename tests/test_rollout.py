@@ -19,6 +19,8 @@ PARAMS = SamplingParams(max_new_tokens=7, temperature=0.5)
 class Script(TextSampler):
     """Answers by a function of the chat and keeps what it was asked, call by call."""
 
+    batch_size: int | None = None
+
     def __init__(self, reply, version=0):
         super().__init__(reply)
         self.version = version
@@ -324,3 +326,15 @@ def test_the_episodes_of_a_group_are_told_the_same():
     told = [[[t.outcome.supervised for t in e.turns] for e in group] for group in played.groups]
     assert all(episode == group[0] for group in told for episode in group)
     assert len({tuple(group[0]) for group in told}) > 4  # and other scenarios something else
+
+
+def test_whole_groups_are_played_in_waves_of_so_many_conversations(scenarios):
+    script, everything = Script(honest), Script(honest)
+    script.batch_size = 5
+    some = rollout(scenarios, script, settings_of(rounds=2), group_size=2, seed=(0,))
+    ids = [scenario.id for scenario in scenarios]
+    waves = [[(i, k) for i in pair for k in (0, 1)] for pair in (ids[:2], ids[2:])]
+    asked = [[chat.seed[1:3] for chat in call] for call in script.calls]
+    assert asked == [waves[0], waves[0], waves[1], waves[1]]  # two rounds each
+    assert some.groups == rollout(scenarios, everything, settings_of(rounds=2), group_size=2, seed=(0,)).groups
+    assert len(everything.calls) == 2

@@ -68,7 +68,9 @@ def make_pairs(
                 break
             at_step()
             chats = [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks]
-            completions = ranks.gather(sampler.generate(ranks.share(chats), sampling))
+            own, most = ranks.share(chats), getattr(sampler, "batch_size", len(chats))
+            answered = [sampler.generate(own[i : i + most], sampling) for i in range(0, len(own), most)]
+            completions = ranks.gather([completion for batch in answered for completion in batch])
             for (talk, told), completion in zip(open_asks, completions, strict=True):
                 counts[told].update(talk.take(told, completion))
         for talk in talks:

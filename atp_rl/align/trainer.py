@@ -110,6 +110,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
     shown = ExitStack()
     trainer.add_callback(_Progress(trainer_class.__name__, shown, at_step))
+    trainer.add_callback(_Wrapped(trainer))
     if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
         raise RuntimeError("the trainer's reference policy is not the base model")
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -151,6 +152,29 @@ def _trained(trainer: Any) -> dict[str, Any]:
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on the first rank; empty on the others
     adapter = get_peft_model_state_dict(trainer.model, state_dict=whole, adapter_name="default") if whole else {}
     return ranks.from_first(lambda: {key: value.cpu() for key, value in adapter.items()})
+
+
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPModule",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+
+
+class _Wrapped(TrainerCallback):
+    """Looks, before the first step, whether the model is spread as the launcher asked: a plain one would train too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **_: Any) -> None:
+        wanted = WRAPPERS.get(ranks.wrapper())
+        kinds = [kind.__name__ for kind in type(self.trainer.model_wrapped).__mro__]
+        if wanted is not None and wanted not in kinds:
+            raise RuntimeError(
+                f"alignment was launched with {ranks.wrapper()}, but the model is a {kinds[0]} and no {wanted}"
+            )
 
 
 class _Progress(TrainerCallback):

@@ -275,7 +275,9 @@ def decision_propensity(
             prompt = chat_format.encode(messages, [], env.tools)
             chats.append(Chat(messages, prompt, scenario.options, (0,), player, env.tools))
             asked.append(scenario)
-    scores = [np.array(options) for options in ranks.gather(sampler.score(ranks.share(chats)))]
+    own, most = ranks.share(chats), getattr(sampler, "batch_size", max(1, len(chats)))
+    scored = [sampler.score(own[i : i + most]) for i in range(0, len(own), most)]
+    scores = [np.array(options) for options in ranks.gather([options for batch in scored for options in batch])]
     mass = [np.logaddexp.reduce(options) for options in scores]  # as logarithms: long options underflow otherwise
     tempting = [
         np.exp(options[s.options.index(s.extra["tempting"])] - total)

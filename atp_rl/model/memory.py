@@ -139,11 +139,10 @@ def activations_bytes(shape: Shape, dtype: str, rows: int, tokens: int, *, check
 def logits_bytes(shape: Shape, dtype: str, rows: int, acted: int) -> int:
     """Of an update of the evolution loop, whose rows acted `acted` tokens each.
 
-    4 c V a token: the logits, those of each row picked out, and the gradients of both. And five float32 tensors of at
-    most `token_logprobs.CHUNK` logits.
+    2 c V a token: the logits and their gradients. And five float32 tensors of at most `token_logprobs.CHUNK` logits.
     """
     numbers = rows * acted * shape.vocab
-    return 4 * BYTES[dtype] * numbers + 5 * 4 * min(numbers, CHUNK)
+    return 2 * BYTES[dtype] * numbers + 5 * 4 * min(numbers, CHUNK)
 
 
 def fused_logits_bytes(shape: Shape, dtype: str, rows: int, acted: int) -> int:

@@ -350,7 +350,7 @@ def load_base(
                 # else bitsandbytes packs the weights anew in the first forward on a CPU, and has no gradient for those
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - unknown to the type checker
         return model
-    if cuda:
+    if cuda and not (ranks.world_size() > 1 and ranks.wrapper() in ("fsdp2", "zero3")):  # those move their shards alone
         torch.nn.Module.cuda(model)
     return model
 

@@ -16,6 +16,9 @@ from torch import Tensor
 SHARED = 0.5
 """A row joins the tree before it when it shares at least this part of its tokens."""
 
+MOST = 4
+"""A tree grows to at most so many times its longest row: every node looks at the whole width of its tree."""
+
 WORTH = 0.3
 """A tree's attention has a mask, and with one the fastest kernels are not taken; so it must save this much at least."""
 
@@ -52,19 +55,23 @@ class Forest(NamedTuple):
 def forest(rows: Sequence[Sequence[int]], players: Sequence[str]) -> Forest:
     """Trees of rows: neighbours in lexicographic order, of one player, that share at least `SHARED` of their tokens.
 
+    None is larger than `MOST` times its longest row.
+
     Of sorted rows, the one before shares the most with each of them; so it is enough to compare neighbours.
     """
     trees: list[Tree] = []
     tree_of, paths = [0] * len(rows), [list[int]()] * len(rows)
     before: Sequence[int] = ()
     path: list[int] = []
-    player = None
+    player, longest = None, 0
     for i in sorted(range(len(rows)), key=lambda i: (players[i], tuple(rows[i]))):
         row = rows[i]
         shared = _shared(before, row) if players[i] == player else 0
-        if not trees or shared < SHARED * len(row):
+        full = trees and len(trees[-1].tokens) + len(row) - shared > MOST * max(longest, len(row))
+        if not trees or full or shared < SHARED * len(row):
             trees.append(Tree([], [], []))
-            shared = 0
+            shared = longest = 0
+        longest = max(longest, len(row))
         tree = trees[-1]
         if shared < len(row):
             start = len(tree.tokens)

@@ -44,7 +44,8 @@ class HFSampler:
 
         Args:
             which: the adapter that answers for the player `policy`; other players' names are those of their adapters.
-            batch_size: rows decoded at once; as one ends another enters. What was read is kept until the next `sync`.
+            batch_size: rows decoded at once; as one ends another enters. What was read of all chats of a call is kept
+                until the next call or `sync`, so whoever has more chats than this asks in several calls.
             mode: in `choice` nothing is decoded token by token: a reply that leaves the drafts is cut there and is no
                 decision, even if its text so far could be read as one. What follows the drafts to its end is drawn as
                 in `free`, so options are as frequent as `score` says. For policies that answer at once.
@@ -79,6 +80,8 @@ class HFSampler:
             return []
         # a model that thinks first leaves every draft at once
         answers = [() if self.chat.thinking else self._answers(chat, params.max_new_tokens) for chat in chats]
+        if self.mode == "choice" and not all(answers):
+            raise InputError(f"`evolve.max_new_tokens`: no option fits into {params.max_new_tokens} tokens; raise it")
         with torch.no_grad(), self._playing(chats) as model:
             return self._generate(model, chats, answers, params)
 

@@ -20,9 +20,12 @@ from atp_rl import ranks
 
 
 def shard(model: PeftModel) -> None:
-    """Spread the base weights of a model over the ranks, in place: a layer at a time, then what is left."""
+    """Spread the base weights of a model over the ranks, in place: a layer at a time, then what is left.
+
+    The model comes from main memory, and no GPU ever holds more than its shards and a layer.
+    """
     base: Any = model.get_base_model()
-    device = next(base.parameters()).device
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     adapters = {parameter for name, parameter in model.named_parameters() if "lora_" in name}
     settings = {"mesh": init_device_mesh(device.type, (ranks.world_size(),)), "ignored_params": adapters}
     for layer in [module for module in base.modules() if type(module).__name__ in base._no_split_modules]:
@@ -31,6 +34,8 @@ def shard(model: PeftModel) -> None:
     whole = [name for name, p in model.named_parameters() if p not in adapters and not isinstance(p, DTensor)]
     if whole:
         raise RuntimeError(f"FSDP2 left base weights whole: {whole[:3]}")
+    for parameter in adapters:
+        parameter.data = parameter.data.to(device)  # the shards are there already
     _Lockstep(base, device)
 
 

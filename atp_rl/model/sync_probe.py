@@ -7,6 +7,7 @@ learner had at an earlier sync.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,10 @@ MAX_PROBE_GAP = 0.25
 """Mean distance (nats a decision) at which a run stops; bfloat16 is 0.013 from float32 on the tiny model."""
 
 SAME = 1e-3
-"""Distances below this (nats) are rounding."""
+"""Distances below this (nats) are rounding, and so are those up to twice the one at the start: bfloat16 has more."""
+
+REMEMBERED = 3
+"""Earlier syncs whose weights a sampler may have kept."""
 
 
 class SyncProbe:
@@ -28,8 +32,9 @@ class SyncProbe:
 
     def __init__(self, chats: Sequence[Chat]) -> None:
         self.chats = list(chats)
-        self._own: list[np.ndarray] = []
-        """What the policy gave at each sync: log-probability of every option of every chat."""
+        self._own: deque[np.ndarray] = deque(maxlen=REMEMBERED + 1)
+        """What the policy gave at the last syncs: log-probability of every option of every chat."""
+        self._rounding: float | None = None
 
     def check(self, policy: Policy, sampler: Sampler) -> dict[str, float]:
         """Compare both sides.
@@ -45,7 +50,9 @@ class SyncProbe:
         self._own.append(own)
         distances = [float(np.abs(theirs - values).mean()) for values in self._own]
         gap, nearest = distances[-1], int(np.argmin(distances))
-        if gap > SAME and distances[nearest] < gap / 2:
+        if self._rounding is None:  # at the start there are no old weights
+            self._rounding = max(SAME, 2 * gap)
+        if gap > self._rounding and distances[nearest] < gap / 2:
             raise RuntimeError(
                 f"the sampler kept old weights: its log-probabilities are {gap:.3g} nats from the policy's of now, and "
                 f"{distances[nearest]:.3g} from those of {len(distances) - 1 - nearest} syncs ago"

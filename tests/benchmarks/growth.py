@@ -16,7 +16,15 @@ from atp_rl.model.policy import Policy
 from atp_rl.rollout import Play
 from atp_rl.scenarios import load
 from atp_rl.types import SamplingParams
-from tests.benchmarks.rollouts import Way, Work, batched_generate, make_policy, ours, pick_scenarios
+from tests.benchmarks.rollouts import (
+    Way,
+    Work,
+    batched_generate,
+    make_policy,
+    ours,
+    ours_in_choice_mode,
+    pick_scenarios,
+)
 from tests.benchmarks.timing import Contest, Report, clocked
 
 ROUNDS = (2, 4, 8, 16, 32)
@@ -28,7 +36,11 @@ ANSWER = SamplingParams(max_new_tokens=8)
 
 SEATS = (1, 2, 4, 8, 16, 32)
 
-WAYS: Mapping[str, Way] = {"batched generate": batched_generate, "atp_rl.rollout": ours}
+WAYS: Mapping[str, Way] = {
+    "batched generate": batched_generate,
+    "atp_rl.rollout": ours,
+    "atp_rl.rollout, choice mode": ours_in_choice_mode,
+}
 
 
 def rounds_work(rounds: int) -> Work:

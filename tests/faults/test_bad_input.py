@@ -342,7 +342,7 @@ def test_an_overlay_alone_runs_nothing(refused):
 
 def test_a_launcher_that_kept_no_promise(refused, monkeypatch):
     monkeypatch.setenv("ATP_RL_PROMISED", "2 ddp")
-    assert "the launch file promises 2 process(es) with ddp, but here are 1 with none" in refused(*run())
+    assert "the launch promises 2 process(es) with ddp, but here are 1 with none" in refused(*run())
 
 
 def test_choice_mode_where_decisions_are_no_names_of_options(refused):

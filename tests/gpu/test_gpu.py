@@ -6,11 +6,9 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from atp_rl.evolve.loop import MAX_SAMPLER_GAP
-from atp_rl.model.policy import Policy, base_path, load_chat
+from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.types import SamplingParams
 from tests.benchmarks.evolution_step import EvolutionStep, step_work
@@ -66,12 +64,7 @@ def test_evolution_moves_a_finite_adapter(tmp_path):
 
 
 def test_nf4_base_takes_a_step():
-    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    base = AutoModelForCausalLM.from_pretrained(
-        base_path("tiny"), quantization_config=packing, device_map={"": 0}, use_safetensors=True
-    )
-    base.requires_grad_(False)
-    policy = Policy(get_peft_model(base, LORA, adapter_name="policy"), load_chat("tiny"), "tiny")
+    policy = Policy.load("tiny", lora=LORA, seed=0, dtype="bfloat16", quantize="nf4")
     before, packed = policy.state(), policy.base_hash()
     step = EvolutionStep(policy, step_work(1, scenarios=8))
     _, metrics = step()

@@ -195,6 +195,15 @@ def test_align_evolve_and_evaluate_in_two_processes(tmp_path):
     assert first["held_out"]["kl_to_aligned"] == pytest.approx(second["held_out"]["kl_to_aligned"], abs=1e-5)
 
 
+def test_alignment_that_is_not_spread_as_asked_is_noticed(tmp_path):
+    """On a CPU Accelerate forgets about FSDP and wraps the model in plain DDP, without a word."""
+    dpo = "align={method: dpo, per_family: 4, trl: {max_steps: 2, per_device_train_batch_size: 4}}"
+    arguments = ["run", *evolution(dpo, "evolve.start_from=aligned", "run.dir=run")[1:]]
+    _, errors = done(start([*TWO, *arguments], tmp_path, {"ACCELERATE_USE_FSDP": "true"}), expect=1)
+    assert "alignment was launched with fsdp2, but the model is a DistributedDataParallel and no FSDPModule" in errors
+    assert not (tmp_path / "run" / "aligned").exists()
+
+
 BREAKS = """
 import os
 from atp_rl.evolve import loop

@@ -300,3 +300,14 @@ def test_an_overlay_can_be_given_as_an_option_and_overrides_win(tmp_path):
     output, _ = atp("run", path, "evolve.max_new_tokens=7", "-o", TINY_MODEL, "--dry-run", cwd=tmp_path)
     assert "model tiny" in output
     assert yaml.safe_load(output.partition("\n\n")[2])["evolve"]["max_new_tokens"] == 7
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*/study.txt")), ids=lambda file: file.parent.name)
+def test_a_list_of_runs_for_a_job_array(file):
+    """A line is what `launch/slurm/study.sbatch` takes: a run directory, recipes, overrides."""
+    lines = [line.split() for line in file.read_text().splitlines()]
+    assert len({line[0] for line in lines}) == len(lines) == 6
+    for _, *arguments in lines:
+        resolved = load([str(RECIPES.parent / a) if a.endswith(".yaml") else a for a in arguments])
+        assert resolved.evolve is not None
+        assert arguments[-1] == f"seed={resolved.seed}"
