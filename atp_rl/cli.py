@@ -65,7 +65,12 @@ def run(
         Run.check_new(Path(resolved.run.dir))
         count, wrapper = promise(launch, resolved) if launch else (1, "none")
         shards = count if wrapper in ("fsdp2", "zero3") else 1
-        plan = [*pipeline.plan(resolved, suites), *memory_lines(resolved, suites, ranks=count, shards=shards)]
+        launched = [f"launch: {count} process(es), {wrapper}, as {launch} says"] if launch else []
+        plan = [
+            *pipeline.plan(resolved, suites),
+            *launched,
+            *memory_lines(resolved, suites, ranks=count, shards=shards),
+        ]
         print("\n".join(plan), dump(resolved), sep="\n\n", end="")
     elif launch:
         from atp_rl.launch import run

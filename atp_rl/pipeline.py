@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,6 +57,9 @@ def check(recipe: Recipe) -> Suites:
     seats = _check_environments(recipe, suites)
     if recipe.sampler.engine != "api":
         _check_tiny(recipe, suites)
+    if recipe.sampler.engine == "vllm" and "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
+        fix = "`pip install 'atp-rl[vllm]'` on a machine with a GPU, or another engine"
+        raise InputError(f"`sampler.engine`: vllm is not installed; {fix}")
     defenses = check_defenses(recipe.defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name

@@ -2,14 +2,15 @@
 # Runs a recipe in two processes on the CPU:
 #
 #     launch/cpu_2proc.sh RECIPE.yaml... [key.sub=value...]
+#     launch/cpu_2proc.sh resume RUN
 #
 # It is torchrun and not `accelerate launch --cpu --num_processes 2`, which silently starts one process.
 # The processes exchange tensors over the loopback interface; the store of torchrun itself, where they find each other,
 # listens on a port of every interface while they run (it has no setting for that).
-# After Ctrl-C or SIGTERM the run continues with the command below and `resume RUN` in the place of `run RECIPE...`.
+# After Ctrl-C or SIGTERM the second form continues the run; torchrun ends with a traceback of its own, and RUN/interrupted tells.
 set -euo pipefail
 if (($# == 0)); then
-  echo "usage: $0 RECIPE.yaml... [key.sub=value...]" >&2
+  echo "usage: $0 RECIPE.yaml... [key.sub=value...], or $0 resume RUN" >&2
   exit 2
 fi
 
@@ -18,4 +19,5 @@ export ATP_RL_PROMISED=2                              # each process looks wheth
 export OMP_NUM_THREADS=1                             # a process a core
 export GLOO_SOCKET_IFNAME=lo                         # tensors go over the loopback interface
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}" # seconds to finish a step after a signal
-exec torchrun --standalone --local_addr 127.0.0.1 --nproc_per_node 2 -m atp_rl run "$@"
+[[ "$1" == resume ]] || set -- run "$@"
+exec torchrun --standalone --local_addr 127.0.0.1 --nproc_per_node 2 -m atp_rl "$@"

@@ -82,6 +82,13 @@ def evolve(
     if last := ranks.from_first(run.last_checkpoint):
         if last.state["anchor"] != anchor_hash:
             raise RuntimeError("the aligned adapter is not the one that this run started from")
+        if last.state["ranks"] != ranks.world_size() and ranks.is_first():
+            was, now = last.state["ranks"], ranks.world_size()
+            report(
+                last.step,
+                f"of {was} process(es) until here, of {now} from here: equal but for rounding",
+                important=True,
+            )
         ranks.from_first(lambda: run.rewind(last.step))
         policy.restore(last.adapter)
         policy.version = last.state["version"]
@@ -101,7 +108,8 @@ def evolve(
     for step in range((last.step if last else 0) + 1, settings.steps + 1):
         if ranks.any_rank(stop()):
             save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step - 1)
-            raise Interrupted(f"stopped after step {step - 1} of {settings.steps}; `atp resume {run.path}` continues")
+            how = f"`atp resume {run.path}`" + (" under the same launcher" if ranks.world_size() > 1 else "")
+            raise Interrupted(f"stopped after step {step - 1} of {settings.steps}; {how} continues")
         begun = time.perf_counter()
         accepted = policy.state(), learner.state()
         scenarios = draw(suites.train, settings.scenarios_per_step, recipe.seed, step)

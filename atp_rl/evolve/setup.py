@@ -267,6 +267,7 @@ def save(
     state = {
         "anchor": anchor_hash,
         "version": policy.version,
+        "ranks": ranks.world_size(),
         "defenses": [defense.state() for defense in defenses],
         "probe": probe,
     }

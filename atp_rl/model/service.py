@@ -86,7 +86,8 @@ class Service:
                 "`sampler.api_key_env`"
             ) from None
         except openai.APIStatusError as error:
-            raise StatusError(error.status_code, f"{at}: the server answers {error.message[:500]}") from None
+            hint = "; is `sampler.url` the root of its API?" if error.status_code == 404 else ""
+            raise StatusError(error.status_code, f"{at}: the server answers {error.message[:500]}{hint}") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{at}: the server's answer is no valid JSON ({error})") from None
 

@@ -306,6 +306,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
+        if (mark := path.parent / "interrupted").exists():
+            raise InputError(f"{path.parent}: is not finished; {mark.read_text('utf-8').strip()}") from None
         raise InputError(f"{path}: no such file; is {path.parent} the directory of a finished run?") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None

@@ -443,11 +443,9 @@ def stop_at_step_border() -> Iterator[StopFlag]:
         if flag and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.signal = signal.Signals(number).name
-        print(
-            f"{flag.signal}: finishing this step, then saving; Ctrl-C again stops at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        if ranks.is_first():
+            note = "finishing this step, then stopping; Ctrl-C again stops at once"
+            print(f"{flag.signal}: {note}", file=sys.stderr, flush=True)
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

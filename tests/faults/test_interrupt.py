@@ -61,7 +61,7 @@ def test_an_interrupted_evolution_resumes_to_the_same_run(number, whole, tmp_pat
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert f"{number.name}: finishing this step, then saving" in errors
+    assert f"{number.name}: finishing this step, then stopping" in errors
     assert "`atp resume run` continues" in errors
     assert not (tmp_path / "run" / "summary.json").exists()
     stopped = len(lines(metrics))

@@ -217,7 +217,7 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number, capsys):
         assert flag
         assert flag.signal == signal.Signals(number).name
     assert signal.getsignal(number) == handler
-    said = f"{signal.Signals(number).name}: finishing this step, then saving"
+    said = f"{signal.Signals(number).name}: finishing this step, then stopping"
     assert said in capsys.readouterr().err
 
 
