@@ -122,7 +122,8 @@ def _evolve(recipe: Recipe, suites: Suites, shape: Shape, chat: ChatFormat, rank
     played = math.ceil(seats * max(trained, measured.samples * len(suites.held_out)) / ranks)
     most = max(world.rounds, measured.rounds or 0)
     tokens, _ = _episode([*suites.train, *suites.held_out], chat, world.history_window, most, settings.max_new_tokens)
-    rows = min(measured.batch_size, played)
+    group = seats * (settings.group_size if learns else measured.samples)  # is played as a whole
+    rows = min(max(measured.batch_size, group), played)
     play = Phase(
         "evolve: play",
         fixed

@@ -396,7 +396,7 @@ class Evaluate(_Strict):
     gate_per_family: Count = 2
     """Scenarios per family of the gate suite, played after every step."""
     batch_size: Count = 256
-    """Chats per forward pass (memory only, never the result)."""
+    """Conversations that are played at once, in training too (memory only, never the result)."""
 
 
 class Track(_Strict):

@@ -82,13 +82,9 @@ def evolve(
     if last := ranks.from_first(run.last_checkpoint):
         if last.state["anchor"] != anchor_hash:
             raise RuntimeError("the aligned adapter is not the one that this run started from")
-        if last.state["ranks"] != ranks.world_size() and ranks.is_first():
-            was, now = last.state["ranks"], ranks.world_size()
-            report(
-                last.step,
-                f"of {was} process(es) until here, of {now} from here: equal but for rounding",
-                important=True,
-            )
+        if (was := last.state.get("ranks", 1)) != ranks.world_size():
+            news = f"{was} process(es) until here, {ranks.world_size()} from here: the same run but for rounding"
+            report(last.step, news, important=True)
         ranks.from_first(lambda: run.rewind(last.step))
         policy.restore(last.adapter)
         policy.version = last.state["version"]

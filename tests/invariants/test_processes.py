@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,12 +167,16 @@ def test_two_processes_stop_together_and_resume_to_the_last_bit(two, tmp_path):
     assert process.returncode != 0
     assert (tmp_path / "run" / "interrupted").read_text().startswith("stopped after step")
     assert not (tmp_path / "run" / "summary.json").exists()
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "by_one")
     done(start([*TWO, "resume", "run"], tmp_path))
     assert not (tmp_path / "run" / "interrupted").exists()
     assert metrics(tmp_path / "run") == metrics(two)
     assert episodes(tmp_path / "run") == episodes(two)
     file = f"checkpoints/step_{STEPS:04d}/adapter_model.safetensors"
     assert (tmp_path / "run" / file).read_bytes() == (two / file).read_bytes()
+    output, _ = done(start([*ONE, "resume", str(copy)], tmp_path))
+    assert "2 process(es) until here, 1 from here: the same run but for rounding" in output
+    assert_alike(copy, two)
 
 
 def test_align_evolve_and_evaluate_in_two_processes(tmp_path):
