@@ -126,7 +126,7 @@ def test_one_section_alone_writes_its_rows(tmp_path, monkeypatch):
     out = tmp_path / "bench.json"
     main(["--out", str(out), "--repeats", "1", "--only", "rounds"])
     record = json.loads(out.read_text())
-    assert [row["work"] for row in record["rows"]] == ["8 scenarios x 1 rounds"] * 2 + ["8 scenarios x 2 rounds"] * 2
+    assert [row["work"] for row in record["rows"]] == ["8 scenarios x 1 rounds"] * 3 + ["8 scenarios x 2 rounds"] * 3
     assert {fit["way"] for fit in record["growth"]} == set(growth.WAYS)
     assert all(math.isfinite(fit["exponent"]) for fit in record["growth"])
 
