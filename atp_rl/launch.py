@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -68,19 +67,15 @@ def promise(file: Path, recipe: Recipe) -> tuple[int, ranks.Wrapper]:
     """
     try:
         config: Any = load_config_from_file(str(file))
-        deepspeed = getattr(config, "deepspeed_config", None) or {}
-        stage = deepspeed.get("zero_stage")
-        if settings := deepspeed.get("deepspeed_config_file"):
-            stage = json.loads(Path(settings).read_text("utf-8"))["zero_optimization"]["stage"]
         count = int(config.num_processes)  # of all machines
+        wrapper: ranks.Wrapper = "ddp" if count > 1 else "none"
+        if config.distributed_type == DistributedType.DEEPSPEED:
+            settings = config.deepspeed_config
+            wrapper = ranks.zero(settings.get("zero_stage"), settings.get("deepspeed_config_file"))
+        elif config.distributed_type == DistributedType.FSDP:
+            wrapper = "fsdp2"
     except Exception as error:
         raise InputError(f"--launch {file}: not a configuration of `accelerate launch` ({error})") from None
-    kind = config.distributed_type
-    wrapper: ranks.Wrapper = "ddp" if count > 1 else "none"
-    if kind == DistributedType.DEEPSPEED:
-        wrapper = "zero3" if str(stage) == "3" else "zero2"
-    elif kind == DistributedType.FSDP:
-        wrapper = "fsdp2"
     pipeline.check_wrapper(recipe, wrapper)
     return count, wrapper
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from atp_rl.types import InputError
 
 T = TypeVar("T")
+R = TypeVar("R")
 Wrapper = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 """How the base weights are spread: whole on every rank (ddp, zero2), or in shards."""
 
@@ -66,13 +67,18 @@ def join() -> None:
 def wrapper() -> Wrapper:
     """What the launcher's environment asks for."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            stage = json.loads(Path(file).read_text("utf-8"))["zero_optimization"]["stage"]
-        return "zero3" if str(stage) == "3" else "zero2"
+        environment = os.environ.get
+        return zero(environment("ACCELERATE_DEEPSPEED_ZERO_STAGE"), environment("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp2"
     return "ddp" if world_size() > 1 else "none"
+
+
+def zero(stage: object, file: str | None) -> Wrapper:
+    """DeepSpeed's stage as a wrapper: that of its own configuration file, where there is one."""
+    if file:
+        stage = json.loads(Path(file).read_text("utf-8"))["zero_optimization"]["stage"]
+    return "zero3" if str(stage) == "3" else "zero2"
 
 
 def rank() -> int:
@@ -116,6 +122,13 @@ def gather(items: Sequence[T]) -> list[T]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
+
+
+def in_batches(ask: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], most: int | None) -> list[R]:
+    """What `ask` answers to all items, in order: each rank asks about its share, at most so many of them at once."""
+    own = share(items)
+    size = most or max(1, len(own))
+    return gather([answer for i in range(0, len(own), size) for answer in ask(own[i : i + size])])
 
 
 def any_rank(flag: bool) -> bool:

@@ -68,9 +68,8 @@ def make_pairs(
                 break
             at_step()
             chats = [talk.chat(told, attempt, getattr(sampler, "chat", None)) for talk, told in open_asks]
-            own, most = ranks.share(chats), getattr(sampler, "batch_size", len(chats))
-            answered = [sampler.generate(own[i : i + most], sampling) for i in range(0, len(own), most)]
-            completions = ranks.gather([completion for batch in answered for completion in batch])
+            most = getattr(sampler, "batch_size", None)
+            completions = ranks.in_batches(lambda batch: sampler.generate(batch, sampling), chats, most)
             for (talk, told), completion in zip(open_asks, completions, strict=True):
                 counts[told].update(talk.take(told, completion))
         for talk in talks:

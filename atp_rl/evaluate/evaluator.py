@@ -275,9 +275,8 @@ def decision_propensity(
             prompt = chat_format.encode(messages, [], env.tools)
             chats.append(Chat(messages, prompt, scenario.options, (0,), player, env.tools))
             asked.append(scenario)
-    own, most = ranks.share(chats), getattr(sampler, "batch_size", max(1, len(chats)))
-    scored = [sampler.score(own[i : i + most]) for i in range(0, len(own), most)]
-    scores = [np.array(options) for options in ranks.gather([options for batch in scored for options in batch])]
+    scored = ranks.in_batches(sampler.score, chats, getattr(sampler, "batch_size", None))
+    scores = [np.array(options) for options in scored]
     mass = [np.logaddexp.reduce(options) for options in scores]  # as logarithms: long options underflow otherwise
     tempting = [
         np.exp(options[s.options.index(s.extra["tempting"])] - total)
