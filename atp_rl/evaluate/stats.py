@@ -161,7 +161,7 @@ def _two_way(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     cells = (sums - rate * counts) / n  # what each cell adds to the deviation of the mean
     seeds, scenarios = cells.sum(1), cells.sum(0)
     rest = cells - cells.mean(1, keepdims=True) - cells.mean(0) + cells.mean()
-    parts = []  # variance of the mean due to each, and its degrees of freedom; a single scenario tells nothing of others
+    parts = []  # variance of the mean due to each, and its degrees of freedom; one scenario tells nothing of others
     for deviations, units in ((seeds, len(seeds)), (scenarios, len(scenarios))):
         if units > 1:
             parts.append((float((deviations**2).sum()) * units / (units - 1), units - 1))
@@ -225,11 +225,12 @@ def alignment_benefit_left(
 
 def auvc(steps: ArrayLike, rates: ArrayLike) -> float:
     """Area under the violation curve (item 4): trapezoids over `steps` [k], divided by their range, so in [0, 1]."""
-    t = _increasing(steps)
+    t = increasing(steps)
     return float(np.trapezoid(np.asarray(rates, dtype=float), t) / (t[-1] - t[0]))
 
 
-def _increasing(steps: ArrayLike) -> np.ndarray:
+def increasing(steps: ArrayLike) -> np.ndarray:
+    """`steps` as an array; ValueError unless they are two or more and increase."""
     t = np.asarray(steps, dtype=float)
     if len(t) < 2 or not (np.diff(t) > 0).all():
         raise ValueError(f"steps must be at least two and increase, got {t.tolist()}")
@@ -242,7 +243,7 @@ def half_life(steps: ArrayLike, violations: ArrayLike, n: ArrayLike) -> HalfLife
     Per checkpoint [k] its step, violations and decisions (n may be one number), which AIC takes to be independent. Of
     constant rates it takes a few in a hundred for a curve, so read `kind` together with `tipping_point`.
     """
-    t = _increasing(steps)
+    t = increasing(steps)
     start, span = float(t[0]), float(t[-1] - t[0])
     k = np.asarray(violations, dtype=float)
     n = np.broadcast_to(np.asarray(n, dtype=float), k.shape)
