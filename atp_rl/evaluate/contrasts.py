@@ -57,15 +57,15 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
 
     d = _differences(a, b)
     n = len(d)
-    if n == 0:
-        return Contrast(None, None, None, None, None, 0)
+    if n < 2:  # one pair flips to the same distance
+        return Contrast(float(d[0]), None, None, 1.0, 1.0, 1) if n else Contrast(None, None, None, None, None, 0)
     exact = 2**n <= RESAMPLES  # then scipy tries all flips
     test = permutation_test(
         (d,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=RESAMPLES, rng=rng_seed
     )  # fmt: skip
     smallest = min(1.0, 2.0 ** (1 - int(np.count_nonzero(d))) if exact else 2 / (RESAMPLES + 1))
     low = high = None
-    if n > 1 and np.ptp(d) > 1e-12:
+    if np.ptp(d) > 1e-12:
         interval = ttest_1samp(d, 0).confidence_interval(LEVEL)
         low, high = float(interval.low), float(interval.high)
     return Contrast(float(d.mean()), low, high, float(test.pvalue), smallest, n)
