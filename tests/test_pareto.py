@@ -83,6 +83,7 @@ def test_seeds_without_a_tolerable_checkpoint_are_counted():
     result = pareto.payoff_at_interval(runs)
     interval = ttest_1samp([0.1, 0.3, 0.5], 0).confidence_interval()
     assert result.without == 1
-    assert result.payoff == Rate(pytest.approx(0.3), pytest.approx(interval.low), pytest.approx(interval.high), 3)
+    payoff = result.payoff
+    assert (payoff.value, payoff.low, payoff.high, payoff.n) == pytest.approx((0.3, interval.low, interval.high, 3))
     never = pareto.payoff_at_interval([[(0.3, 0.9)]])
     assert never == pareto.PayoffAt(Rate(None, None, None, 0), 1)
