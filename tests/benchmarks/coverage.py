@@ -78,12 +78,12 @@ def cases() -> Iterator[Case]:
             p,
             lambda rng, p=p, n=n: stats.cluster_rate([rng.random((n, 1)) < p]),
         )
-    yield from _rates()
-    yield from _paired_scenarios()
-    yield from _paired_seeds()
-    yield from _survival()
-    yield from _seeds()
-    yield from _monitor()
+    yield from rates()
+    yield from paired_scenarios()
+    yield from paired_seeds()
+    yield from survival()
+    yield from seed_statistics()
+    yield from monitor()
 
 
 def _propensity(rng: Generator, seeds: int, scenarios: int, level: float, seed_spread: float) -> np.ndarray:
@@ -101,7 +101,7 @@ def _played(rng: Generator, propensity: np.ndarray) -> list[np.ndarray]:
     return list(rng.random((*propensity.shape, 4)) < propensity[..., None])
 
 
-def _rates() -> Iterator[Case]:
+def rates() -> Iterator[Case]:
     big = np.random.default_rng(1)
     populations: list[tuple[str, int, Callable[[Generator, int], np.ndarray]]] = [
         ("rate, 1 seed x 4 samples", 64, lambda rng, seeds: _propensity(rng, seeds, 64, -1, 0)),
@@ -133,7 +133,7 @@ def _rates() -> Iterator[Case]:
             )
 
 
-def _paired_scenarios() -> Iterator[Case]:
+def paired_scenarios() -> Iterator[Case]:
     """One run against itself at another checkpoint, or against another run."""
 
     def pair(rng: Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +161,7 @@ def _paired_scenarios() -> Iterator[Case]:
         )
 
 
-def _paired_seeds() -> Iterator[Case]:
+def paired_seeds() -> Iterator[Case]:
     def tipped(rng: Generator, seeds: int, chance: float) -> np.ndarray:
         """RMST as a share of the horizon."""
         return np.where(rng.random(seeds) < chance, np.clip(rng.normal(0.4, 0.1, seeds), 0, 1), 1.0)
@@ -197,7 +197,7 @@ def _paired_seeds() -> Iterator[Case]:
             yield Case("difference over both", name, difference, cells)
 
 
-def _survival() -> Iterator[Case]:
+def survival() -> Iterator[Case]:
     big = np.random.default_rng(1)
     populations: list[tuple[str, Callable[[Generator, int], np.ndarray]]] = [
         ("exponential, mean 150", lambda rng, n: rng.exponential(150, n)),
@@ -219,9 +219,17 @@ def _survival() -> Iterator[Case]:
                 truth,
                 lambda rng, draw=draw, n=seeds: stats.rmst_interval(crossings(draw(rng, n)), 200),
             )
+            yield Case(
+                f"the same, Student's interval, {seeds} seeds",
+                name,
+                truth,
+                lambda rng, draw=draw, n=seeds: stats.seed_mean(
+                    [200 if c.step is None else c.step for c in crossings(draw(rng, n))]
+                ),
+            )
 
 
-def _seeds() -> Iterator[Case]:
+def seed_statistics() -> Iterator[Case]:
     big = np.random.default_rng(1)
     populations: list[tuple[str, Callable[[Generator, int], np.ndarray]]] = [
         ("normal", lambda rng, n: rng.normal(0.4, 0.1, n)),
@@ -266,7 +274,7 @@ def _seeds() -> Iterator[Case]:
         )
 
 
-def _monitor() -> Iterator[Case]:
+def monitor() -> Iterator[Case]:
     def health(rng: Generator, later: float) -> Rate:
         violations = [rng.random((100, 1)) < p for p in (0.3, 0.5)]
         flags = [
@@ -283,18 +291,9 @@ def _monitor() -> Iterator[Case]:
         )
 
 
-@dataclass(frozen=True)
-class Warning:
-    checkpoints: int
-    window: int
-    found: tuple[float, float]
-    """Share of curves that slow down whose trend of autocorrelation, of variance, is above the limit."""
-    limits: tuple[float, float]
-    """The trends that 95 % of curves that do not slow down stay below."""
-
-
-def warning(checkpoints: int, window: int, curves: int = 100) -> Warning:
-    """How often the trends of `early_warning.slowing_down` find a curve whose memory grows from 0 to .98."""
+def slowing_found(checkpoints: int, window: int, curves: int = 100) -> tuple[float, float]:
+    """Share of curves whose memory grows from 0 to .98 that the trends of `early_warning.slowing_down` find, by
+    autocorrelation and by variance: those above what 95 % of curves without memory stay below."""
 
     def trends(rng: Generator, memory: np.ndarray) -> tuple[float, float]:
         level, levels = 0.0, []
@@ -309,9 +308,8 @@ def warning(checkpoints: int, window: int, curves: int = 100) -> Warning:
         np.array([trends(np.random.default_rng(i), memory) for i in range(curves)])
         for memory in (np.linspace(0, 0.98, checkpoints), np.zeros(checkpoints))
     )
-    limits = np.quantile(steady, 0.95, axis=0)
-    found = (slow > limits).mean(axis=0)
-    return Warning(checkpoints, window, (found[0], found[1]), (limits[0], limits[1]))
+    by_autocorrelation, by_variance = (slow > np.quantile(steady, 0.95, axis=0)).mean(axis=0)
+    return float(by_autocorrelation), float(by_variance)
 
 
 def table(rows: list[Row]) -> str:
@@ -339,8 +337,8 @@ def main() -> None:
     text = table(rows) + "\n| checkpoints | window | slowing down found by autocorrelation | by variance |\n"
     text += "|---|---|---|---|\n"
     for checkpoints, window in ((20, 10), (50, 25), (100, 50), (300, 100)):
-        found = warning(checkpoints, window)
-        text += f"| {checkpoints} | {window} | {found.found[0]:.2f} | {found.found[1]:.2f} |\n"
+        by_autocorrelation, by_variance = slowing_found(checkpoints, window)
+        text += f"| {checkpoints} | {window} | {by_autocorrelation:.2f} | {by_variance:.2f} |\n"
     chosen.out.write_text(text)
     console.print(f"wrote {chosen.out}")
 
