@@ -195,7 +195,7 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     )
     defenses: list[Defense] = [KLAnchor(BETA, kl)] if kl else []
     for defense in defenses:
-        defense.on_rewards([], torch.zeros(0))  # as the loop does before every update
+        defense.begin(1)  # as the loop does in every step
     samples = [Sample(episode, "agent", episode.turns) for episode in episodes]
     batch = _Batch(
         samples, [0] * len(samples), torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None
