@@ -37,7 +37,6 @@ from atp_rl.evolve.setup import (
     settings_of,
     training_play,
 )
-from atp_rl.model.policy import Policy
 from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.rollout import rollout
 from atp_rl.samples import samples_of
@@ -119,7 +118,10 @@ def evolve(
             scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), readers=defenses
         )
         sampler.sync(policy)  # what it has read takes memory that the update needs
-        rewards = shape(policy, played.groups, settings.rewards, defenses)
+        rewards = shape(played.groups, settings.rewards)
+        for defense in defenses:
+            with defense.paying(policy):
+                rewards = defense.on_rewards(played.groups, rewards)
         metrics = learner.update(policy, played.groups, rewards, defenses)
         if not metrics["perf/sampler_gap_mean"] <= MAX_SAMPLER_GAP:  # nan is no small gap
             raise RuntimeError(f"step {step}: the sampler does not play the policy that learns: {metrics}")
@@ -192,8 +194,8 @@ def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> lis
     return [passes[place // size][place % size] for place in places]
 
 
-def shape(policy: Policy, groups: Sequence[Group], weights: dict[str, float], defenses: Sequence[Defense]) -> Tensor:
-    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds; then the defenses.
+def shape(groups: Sequence[Group], weights: dict[str, float]) -> Tensor:
+    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds.
 
     What a reward model reads of a round is its first reply (the decision, also where it called a tool), and the sum of
     what the round paid.
@@ -216,8 +218,4 @@ def shape(policy: Policy, groups: Sequence[Group], weights: dict[str, float], de
         values = reward_models.REWARD_MODELS[name](prompts=[""] * len(texts), completions=texts, **columns)
         total += weight * torch.tensor(values, dtype=torch.float32)
     parts = total.split([s.turns[-1].round + 1 for s in samples])
-    rewards = torch.stack([part.mean() for part in parts]).view(len(groups), -1)
-    for defense in defenses:
-        with defense.paying(policy):
-            rewards = defense.on_rewards(groups, rewards)
-    return rewards
+    return torch.stack([part.mean() for part in parts]).view(len(groups), -1)

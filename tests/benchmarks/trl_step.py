@@ -97,7 +97,7 @@ class TrlStep:
         scenarios = [self.scenarios[name] for name in names]
         played = rollout(scenarios, self.sampler, self.work.play, group_size=self.work.group_size, seed=(0,))
         self.played = played
-        rewards = shape(self.policy, played.groups, REWARDS, [])
+        rewards = shape(played.groups, REWARDS)
         return rollout_output(played.groups) | {"episode_reward": rewards.flatten().tolist()}
 
 
