@@ -480,6 +480,17 @@ def test_interquartile_mean_lies_in_the_data_in_any_order(values, random):
     assert stats.interquartile_mean(shuffled) == pytest.approx(mean)
 
 
+@given(st.lists(shares, min_size=1, max_size=8), st.floats(0.5, 200))
+def test_a_bounded_mean_scales_mirrors_and_keeps_within_its_bounds(values, most):
+    rate = stats.bounded_mean(values, 1)
+    low, high = ends(rate)
+    assert 0 <= low <= np.mean(values) + 1e-9
+    assert np.mean(values) - 1e-9 <= high <= 1 + 1e-12
+    scaled, mirror = stats.bounded_mean(np.array(values) * most, most), stats.bounded_mean(1 - np.array(values), 1)
+    assert ends(scaled) == pytest.approx((low * most, high * most), abs=1e-6)
+    assert ends(mirror) == pytest.approx((1 - high, 1 - low), abs=1e-6)
+
+
 def test_iqm_interval_is_scipys_bootstrap_with_its_tails_moved_out(monkeypatch):
     from scipy.stats import bootstrap, norm, t, trim_mean
 
