@@ -60,8 +60,10 @@ def run(
     if dry_run:
         from atp_rl.launch import promise
         from atp_rl.memory_plan import memory_lines
+        from atp_rl.predict import warn
 
         suites = pipeline.check(resolved)
+        warn(resolved, suites)
         Run.check_new(Path(resolved.run.dir))
         count, wrapper = promise(launch, resolved) if launch else (1, "none")
         shards = count if wrapper in ("fsdp2", "zero3") else 1
@@ -133,6 +135,36 @@ def evaluate(
     from atp_rl.tracking.compare import evaluation_table
 
     _print(evaluation_table(pipeline.evaluate_run(path, checkpoint, override or [])))
+
+
+@app.command()
+def predict(
+    recipe: RecipeArgs,
+    p0: Annotated[
+        float | None, typer.Option("--p0", help="Violation rate when aligned; default: the recipe's own run's, or .01.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Finished runs to lay beside their predictions; repeatable.")
+    ] = None,
+    scale_by: Annotated[
+        Path | None, typer.Option("--scale-by", help="Run that calibrates the model's unit of time, for --against.")
+    ] = None,
+) -> None:
+    """What theory expects: where violations settle, when they tip, and which defenses hold. Loads no model."""
+    from atp_rl import pipeline
+    from atp_rl.predict import NoPrediction, predict, tables
+    from atp_rl.predict_runs import against as beside
+    from atp_rl.recipe import load
+
+    if scale_by and not against:
+        raise InputError("--scale-by: is for --against; leave it out")
+    resolved = load(recipe)
+    try:
+        shown = tables(predict(resolved, pipeline.check(resolved), p0=p0), resolved.defenses)
+    except NoPrediction as reason:
+        shown = [f"no prediction: {reason}"]
+    for each in [*shown, *(beside(against, scale_by) if against else [])]:
+        _print(each)
 
 
 @app.command()

@@ -33,6 +33,7 @@ from atp_rl.evolve.setup import (
     training_play,
 )
 from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
+from atp_rl.predict import warn
 from atp_rl.recipe import POPULATIONS, Recipe, check_defenses, dump, load
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
@@ -266,6 +267,7 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         InputError: before the directory is made.
     """
     suites = check(recipe)
+    warn(recipe, suites)
     if recipe.sampler.url:
         ranks.from_first(lambda: check_service(recipe))
     if recipe.sampler.engine != "api":

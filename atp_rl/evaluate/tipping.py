@@ -22,15 +22,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import NotRequired, Unpack
 
 ScaleRewards = Literal["group", "batch", "none"]
 Estimator = Literal["k3", "bias_corrected", "reward"]
 Floats = NDArray[np.float64]
+Values = Any
+"""A number, or an array of them."""
 
 LEARNING_RATE = 0.05
 """Of theta: it sets the model's unit of time, in which every number of steps is given."""
@@ -120,15 +121,15 @@ Static = KL | Replay | Screening | Penalty | Covariance
 
 
 def push(
-    p: float | Floats,
+    p: Values,
     *,
     group_size: int,
     scale_rewards: ScaleRewards,
-    payoff_gap: float | Floats,
+    payoff_gap: Values,
     detection: float = 0.0,
-    loss: float | Floats = 0.0,
+    loss: Values = 0.0,
     spread: float = 0.0,
-) -> float | Floats:
+) -> Values:
     """Expected policy gradient of theta: positive where learning makes violations likelier.
 
     group: E_k[sqrt(k (G-k) (G-1) / G^3)] x sign(gap), ~ p (G-1)/sqrt(G) for small p whatever the gap is. With
@@ -175,10 +176,10 @@ def _binomials(size: int, detection: float) -> tuple[Floats, Floats]:
 
     k = np.arange(size + 1)
     j = k if detection else k[:1]
-    return comb(size, k), binom.pmf(j[None, :], k[:, None], detection)
+    return np.asarray(comb(size, k)), np.asarray(binom.pmf(j[None, :], k[:, None], detection))
 
 
-def pull(p: float, p0: float, *, beta: float, estimator: Literal["k3", "bias_corrected"]) -> float:
+def pull(p: Values, p0: float, *, beta: float, estimator: Literal["k3", "bias_corrected"]) -> Values:
     """What the KL term in the loss takes from theta' / lr, to the aligned probability p0.
 
     k3: beta (p - p0), since its gradient is that of KL(aligned || policy). bias_corrected: that of the reverse KL,
@@ -189,7 +190,7 @@ def pull(p: float, p0: float, *, beta: float, estimator: Literal["k3", "bias_cor
     return beta * (p - p0 if estimator == "k3" else p * (1 - p) * (logit(p) - logit(p0)))
 
 
-def replay_pull(p: float, p0: float, replay: Replay) -> float:
+def replay_pull(p: Values, p0: float, replay: Replay) -> Values:
     """What replay takes from theta' / lr: w p of SFT, w b sigmoid(b (theta - theta0)) of DPO (arXiv 2305.18290)."""
     if replay.loss == "sft":
         return replay.weight * p
@@ -197,13 +198,13 @@ def replay_pull(p: float, p0: float, replay: Replay) -> float:
 
 
 def drift(
-    p: float | Floats,
+    p: Values,
     p0: float,
     *,
     defenses: Sequence[Static] = (),
     price: float = 0.0,
     **setting: Unpack[Setting],
-) -> float | Floats:
+) -> Values:
     """theta' / lr: the push under these defenses, less their pulls.
 
     Args:
@@ -227,9 +228,9 @@ def drift(
             result = result * (0.0 if seen == 1 else (1 - seen) / (1 - seen * p))
     for defense in defenses:
         if isinstance(defense, KL) and defense.estimator != "reward":
-            result = result - pull(p, p0, beta=defense.beta, estimator=defense.estimator)  # pyright: ignore
+            result = result - pull(p, p0, beta=defense.beta, estimator=defense.estimator)
         elif isinstance(defense, Replay):
-            result = result - replay_pull(p, p0, defense)  # pyright: ignore
+            result = result - replay_pull(p, p0, defense)
     return result
 
 
@@ -281,7 +282,7 @@ def critical_beta(
     return mean * (group_size - 1) / group_size / divisor if divisor else math.inf
 
 
-def expected_gap(payoff_gap, detection: float, loss):
+def expected_gap(payoff_gap: Values, detection: float, loss: Values) -> Values:
     """Expected reward of a violation, less that of compliance."""
     return (1 - detection) * payoff_gap - detection * loss
 
@@ -290,7 +291,7 @@ def equilibrium(p0: float, *, defenses: Sequence[Static] = (), **setting: Unpack
     """The stable fixed point of p that is reached from the aligned p0, which the defenses also pull to; 0 and 1 too."""
     from scipy.optimize import brentq
 
-    def of(theta):
+    def of(theta: Values) -> Values:
         return drift(sigmoid(theta), p0, defenses=defenses, **setting)
 
     direction = np.sign(_beside_rounding(of(logit(p0))))
@@ -325,7 +326,7 @@ def time_to(
     if p0 >= threshold:
         return 0.0
 
-    def of(theta):
+    def of(theta: Values) -> Values:
         return drift(sigmoid(theta), p0, defenses=defenses, **setting)
 
     start, end = logit(p0), logit(threshold)
@@ -345,7 +346,7 @@ def hold_beta(
         return equilibrium(p0, defenses=defenses, **setting) - limit
 
     least, most = math.log(1e-4), math.log(1e4)
-    return 0.0 if too_much(least) <= 0 else math.exp(bisect(too_much, least, most, rtol=1e-4))
+    return 0.0 if too_much(least) <= 0 else math.exp(float(bisect(too_much, least, most, xtol=1e-4)))  # pyright: ignore
 
 
 def rate_at_kl(kl: float, p0: float) -> float:
@@ -424,11 +425,11 @@ def passing_step(path: Floats, threshold: float) -> int | None:
     return max(int(above[0]) - 1, 0) if above.size else None
 
 
-def sigmoid(theta):
+def sigmoid(theta: Values) -> Values:
     """p = 1 / (1 + exp(-theta))."""
     return 1 / (1 + np.exp(-theta))
 
 
-def logit(p):
+def logit(p: Values) -> Values:
     """theta = log(p / (1 - p))."""
     return np.log(p / (1 - p))
