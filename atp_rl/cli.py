@@ -152,8 +152,9 @@ def predict(
 ) -> None:
     """What theory expects: where violations settle, when they tip, and which defenses hold. Loads no model."""
     from atp_rl import pipeline
-    from atp_rl.predict import NoPrediction, predict, tables
+    from atp_rl.predict import NoPrediction, predict
     from atp_rl.predict_runs import against as beside
+    from atp_rl.predict_tables import tables
     from atp_rl.recipe import load
 
     if scale_by and not against:

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from atp_rl.evaluate import tipping
 from atp_rl.pipeline import suites_of
-from atp_rl.predict import LONGEST, NoPrediction, Prediction, aligned_rate, predict, rate_text
+from atp_rl.predict import LONGEST, NoPrediction, Prediction, aligned_rate, predict
+from atp_rl.predict_tables import rate_text
 from atp_rl.recipe import load
 from atp_rl.tracking.compare import arms, crossing_text
 from atp_rl.tracking.read import RunRecord, expand, load_run
