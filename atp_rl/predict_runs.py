@@ -30,6 +30,8 @@ from atp_rl.types import InputError
 
 TIED = 0.02
 """Predicted final rates that differ by less are not put in an order."""
+TIED_TIMES = 0.1
+"""Nor are times to 25 % that differ by a smaller share of the longer one."""
 THRESHOLDS = ("0.25", "0.50")
 
 
@@ -134,7 +136,8 @@ def order(grouped: Sequence[Sequence[Compared]]) -> tuple[int, int]:
         measured.append(float(np.mean(rates)))
     pairs = right = 0
     for (a, seen_a), (b, seen_b) in combinations(zip(keys, measured, strict=True), 2):
-        if a[0] == b[0] and abs(a[1] - b[1]) < TIED:
+        alike = abs(a[1] - b[1]) < TIED if a[0] == b[0] else min(a[0], b[0]) > (1 - TIED_TIMES) * max(a[0], b[0])
+        if alike:
             continue
         pairs += 1
         right += (a > b) == (seen_a > seen_b) and seen_a != seen_b
@@ -176,7 +179,8 @@ def _time(steps: float, scale: float | None) -> str:
 
 
 def _notes(grouped: Sequence[Sequence[Compared]], scale: float | None, scale_by: Path | None) -> list[str]:
-    runs = [run for arm in grouped for run in arm]
+    own = scale_by and scale_by.resolve()  # could not have failed
+    runs = [run for arm in grouped for run in arm if run.record.path.resolve() != own]
     verdicts = [run.verdict for run in runs if run.prediction]
     right, pairs = order(grouped)
     by = "the predicted rate at the last step" if scale else "who passes 25 % first, then where it settles"
