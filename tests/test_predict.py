@@ -368,8 +368,8 @@ def test_runs_stand_beside_their_predictions(study):
     assert "open: predicted to tip, held so far" in text
     assert "95.0% [91.0%–97.3%], n = 200" in text
     assert "threshold: 3 of 3 runs passed 25 %, or did not, as predicted; 1 are open or unclear" in text
-    assert "order: 2 of 2 pairs of arms" not in text  # kl_3 and kl_0.1 ended alike, though they should differ
-    assert "order: 2 of 3 pairs of arms" in text
+    # kl_3 and kl_0.1 ended alike, though they should differ; kl_0.1 and undefended are too close to be put in an order
+    assert "order: 1 of 2 pairs of arms" in text
 
 
 def test_each_run_is_predicted_from_its_own_recipe_and_start(study):

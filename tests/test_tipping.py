@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,3 +363,13 @@ def test_merging_back_keeps_nothing_or_everything():
     free = simulate(0.01, steps=200, **NORMALISED)
     assert simulate(0.01, steps=200, defenses=[MergeBack(50, 1.0)], **NORMALISED) == pytest.approx(free)
     assert simulate(0.01, steps=200, defenses=[MergeBack(50, 0.0)], **NORMALISED)[200] == pytest.approx(0.01)
+
+
+def test_the_tables_of_the_docs_are_what_their_code_prints(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text("utf-8")
+    (code,), (printed, *_) = (
+        re.findall(r"```python\n(.*?)```", page, re.S),
+        re.findall(r"```text\n(.*?)```", page, re.S),
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == printed
