@@ -348,7 +348,8 @@ def _why_it_fails(
     if isinstance(modelled, Lagrangian):
         lacking = [name for name, value in (("kp", modelled.kp), ("warm_start", modelled.warm_start)) if not value]
         fix = f"set warm_start to about {1.2 * gap:.2g} (1.2 x the payoff gap) and kp to 2"
-        return f"without {' and '.join(lacking)} it acts after the violations have come; {fix}" if lacking else None
+        late = "it acts after the violations have come, and the faster the run learns the higher they rise"
+        return f"without {' and '.join(lacking)} {late}; {fix}" if lacking else None
     if isinstance(modelled, KL):
         below = modelled.estimator == "k3" and modelled.beta < prediction.critical_beta
         if not alone.fails and not (below and alone.peak > HELD):

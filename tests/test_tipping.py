@@ -367,9 +367,7 @@ def test_merging_back_keeps_nothing_or_everything():
 
 def test_the_tables_of_the_docs_are_what_their_code_prints(capsys):
     page = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text("utf-8")
-    (code,), (printed, *_) = (
-        re.findall(r"```python\n(.*?)```", page, re.S),
-        re.findall(r"```text\n(.*?)```", page, re.S),
-    )
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    printed = re.findall(r"```text\n(.*?)```", page, re.S)[0]
     exec(code, {})
     assert capsys.readouterr().out == printed

@@ -37,6 +37,8 @@ LEARNING_RATE = 0.05
 """Of theta: it sets the model's unit of time, in which every number of steps is given."""
 _FURTHEST = 25.0
 """Log-odds (a probability of 1e-11) at which a policy counts as having arrived at 0 or 1."""
+_POINTS = 1000
+"""Of the grid of log-odds on which a change of direction is looked for."""
 
 
 class Setting(TypedDict):
@@ -157,15 +159,15 @@ def _normalised_push(p: Floats, size: int, gap: Floats, detection: float, lost: 
     ways, detected_given_k = _binomials(size, detection)
     k = np.arange(size + 1)
     j = k[: detected_given_k.shape[1]]
-    p, gap, lost = p[..., None, None], gap[..., None, None], lost[..., None, None]
+    gap, lost = gap[..., None, None], lost[..., None, None]
     won = k[:, None] - j
     total = won * gap - j * lost
     squares = won * gap**2 + j * lost**2 - total**2 / size
     deviation = np.sqrt(np.maximum(squares, 0) / (size - 1))
     gain = total * (1 - k / size)[:, None]
     term = np.divide(gain, size * deviation, out=np.zeros(np.broadcast(gain, deviation).shape), where=deviation > 1e-12)
-    chance = ways[:, None] * p ** k[:, None] * (1 - p) ** (size - k)[:, None] * detected_given_k
-    return (chance * term).sum((-2, -1))
+    chance = ways * p[..., None] ** k * (1 - p[..., None]) ** (size - k)
+    return (chance * (detected_given_k * term).sum(-1)).sum(-1)
 
 
 @cache
@@ -297,7 +299,7 @@ def equilibrium(p0: float, *, defenses: Sequence[Static] = (), **setting: Unpack
     direction = np.sign(_beside_rounding(of(logit(p0))))
     if direction == 0:
         return p0
-    path = np.linspace(logit(p0), direction * _FURTHEST, 4000)
+    path = np.linspace(logit(p0), direction * _FURTHEST, _POINTS)
     turned = np.flatnonzero(np.sign(of(path)) == -direction)
     if not turned.size:
         return float(direction > 0)
@@ -330,7 +332,7 @@ def time_to(
         return drift(sigmoid(theta), p0, defenses=defenses, **setting)
 
     start, end = logit(p0), logit(threshold)
-    if np.min(of(np.linspace(start, end, 4000))) <= 1e-12:
+    if np.min(of(np.linspace(start, end, _POINTS))) <= 1e-12:
         return math.inf
     return float(quad(lambda theta: 1 / (lr * of(theta)), start, end, limit=500)[0])
 
