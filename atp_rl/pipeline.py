@@ -35,7 +35,7 @@ from atp_rl.evolve.setup import (
     training_play,
 )
 from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
-from atp_rl.predict import warn
+from atp_rl.predict import in_a_line, warn
 from atp_rl.recipe import POPULATIONS, Recipe, check_defenses, dump, load
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
@@ -261,6 +261,7 @@ def plan(recipe: Recipe, suites: Suites) -> list[str]:
             each = f"{e.scenarios_per_step} scenarios x {e.group_size} episodes x {rounds} rounds"
             lines.append(f"evolve: {e.steps} steps of {each}, from {e.start_from}, on {len(suites.train)} scenarios")
         lines.append(f"defenses: {', '.join(spec.name for spec in recipe.defenses) or 'none'}")
+        lines += [in_a_line(recipe, suites)] if recipe.defenses else []
         measured = f"{len(suites.held_out)} held-out and {len(suites.held_in)} held-in scenarios"
         lines.append(f"evaluate: every {recipe.evaluate.every} steps on {measured}")
     lines.append(f"track: W&B {recipe.track.wandb}")

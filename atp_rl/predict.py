@@ -377,6 +377,17 @@ def _why_it_fails(
     return "is too weak"
 
 
+def in_a_line(recipe: Recipe, suites: Suites) -> str:
+    """What the defenses together are predicted to do from `ASSUMED_P0`, for a plan."""
+    try:
+        prediction = predict(recipe, suites, p0=ASSUMED_P0)
+    except NoPrediction as reason:
+        return f"no prediction: {reason}"
+    if unknown := [each.name for each in prediction.alone if each.end is None]:
+        return f"no prediction: the model does not know {' and '.join(unknown)}"
+    return f"prediction from p0 = {ASSUMED_P0:g}: {prediction.together.words}"
+
+
 def warn(recipe: Recipe, suites: Suites) -> None:
     """Print `warnings` to standard error, once for all processes."""
     if ranks.is_first():

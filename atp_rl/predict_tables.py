@@ -54,7 +54,9 @@ def _tail(prediction: Prediction, specs: Sequence[DefenseSpec]) -> list[str]:
             for estimator in ("k3", "bias_corrected", "reward")
         )
         critical = f"{prediction.critical_beta:.3g}" if math.isfinite(prediction.critical_beta) else "none (no limit)"
-        lines.append(f"KL anchor: critical beta {critical} (k3); to hold {HELD:.0%} from p0 take {enough}")
+        lines.append(
+            f"KL anchor: critical beta {critical} (k3, however small p0 is); to hold {HELD:.0%} from this p0: {enough}"
+        )
     if rewards.violation > rewards.compliance:
         needed = tipping.deterrence(high=rewards.violation, low=rewards.compliance, fine=-rewards.detected)
         pays = "compliance pays" if prediction.gap <= 0 else "violating pays"

@@ -282,6 +282,27 @@ def test_a_run_warns_once_at_its_start_and_a_dry_run_too(call, tmp_path, capsys)
     assert call("run", ROLE_PLAY, f"run.dir={tmp_path / 'dry'}", "--dry-run")[2] == ""
 
 
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (
+            [ROLE_PLAY, UNWATCHED, "defenses=[{name: kl_anchor, beta: 3.0}]"],
+            "prediction from p0 = 0.01: holds: settles at 4.0%",
+        ),
+        ([ROLE_PLAY, "defenses=[gate]"], "no prediction: the model does not know gate"),
+        (
+            [COLLUSION, POPULATION, "defenses=[{name: kl_anchor, beta: 0.04}]"],
+            "no prediction: the learner population has",
+        ),
+        ([ROLE_PLAY], None),
+    ],
+)
+def test_the_plan_of_a_dry_run_says_what_the_defenses_are_predicted_to_do(files, says):
+    made = load(files)
+    lines = [line for line in pipeline.plan(made, suites_of(made)) if "prediction" in line]
+    assert [line[: len(says or "")] for line in lines] == ([says] if says else [])
+
+
 # The command
 
 
@@ -296,7 +317,7 @@ def test_the_command_says_what_theory_expects_and_loads_no_model(call, monkeypat
     assert "start: p0 = 0.01 (given)" in text
     assert "none 99.8%" in text or "none 100.0%" in text
     assert "kl_anchor (beta 3.0, estimator k3) 4.0% 4.0% never never holds: settles at 4.0%" in text
-    assert "critical beta 2.47 (k3)" in text
+    assert "critical beta 2.47 (k3, however small p0 is)" in text
     assert "deterrence: compliance pays most from a detection of 0.34 on; here it is 0: violating pays" in text
     assert list(tmp_path.iterdir()) == []
 
