@@ -19,7 +19,18 @@ import numpy as np
 
 from atp_rl import ranks
 from atp_rl.evaluate import tipping
-from atp_rl.evaluate.tipping import KL, Covariance, Lagrangian, MergeBack, Penalty, Replay, Screening, Setting, Static
+from atp_rl.evaluate.tipping import (
+    KL,
+    Covariance,
+    Interleave,
+    Lagrangian,
+    MergeBack,
+    Penalty,
+    Replay,
+    Screening,
+    Setting,
+    Static,
+)
 from atp_rl.evolve.setup import learning_seats, training_play
 from atp_rl.recipe import POPULATIONS, DefenseSpec, Recipe
 from atp_rl.scenarios.suites import Suites
@@ -38,12 +49,13 @@ HORIZON = 5000
 LONGEST = 20_000
 
 START_VALUES: dict[str, dict[str, Any]] = {
-    "kl_anchor": {"beta": 0.2, "estimator": "k3", "target_kl": None},
+    "kl_anchor": {"beta": 0.2, "estimator": "k3", "target_kl": None, "streams": "all"},
     "lagrangian": {"limit": 0.05, "kp": 2.0, "ki": 0.05, "kd": 0.0, "warm_start": 0.0, "cap": None},
-    "monitor": {"mode": "penalty", "recall": 0.9, "false_alarm": 0.02, "fine": 1.0},
+    "interleave": {"rho": 0.25},
+    "monitor": {"mode": "penalty", "kind": "action", "recall": 0.9, "false_alarm": 0.02, "fine": 1.0},
     "covariance": {"recall": 1.0},
     "replay": {"loss": "dpo", "weight": 0.2, "beta": 0.5},
-    "merge_back": {"every": 50, "keep": 0.7},
+    "merge_back": {"every": 50, "keep": 0.7, "layers": "uniform"},
 }
 """Options of the defenses that the model knows, where neither the recipe nor the defense's class says them."""
 
@@ -83,7 +95,7 @@ class Outlook:
     def words(self) -> str:
         """In plain words."""
         if self.end is None:
-            return "no prediction: the model does not know this defense"
+            return "no prediction: the model does not know it"
         end = f"{self.end:.1%}"
         if self.to_25 == 0:
             return f"starts above 25 % and settles at {end}"
@@ -259,8 +271,16 @@ def as_modelled(spec: DefenseSpec, p0: float, setting: Setting) -> Static | Merg
     if spec.name not in START_VALUES:
         return None
     o = options(spec)
+    if (
+        o.get("streams", "all") != "all"
+        or o.get("kind", "action") != "action"
+        or o.get("layers", "uniform") != "uniform"
+    ):
+        return None
     if spec.name == "kl_anchor":
         beta = o["beta"]
+        if o["target_kl"] and o["estimator"] != "reward":
+            return None  # it is a mean over the tokens of a reply, of which the model has one
         if o["target_kl"]:  # the weight is adjusted until the KL is the target, so it is the one that holds it there
             limit = tipping.rate_at_kl(o["target_kl"], p0)
             beta = tipping.hold_beta(limit, p0, o["estimator"], **setting)
@@ -274,6 +294,8 @@ def as_modelled(spec: DefenseSpec, p0: float, setting: Setting) -> Static | Merg
         return Penalty(o["recall"], o["fine"], o["false_alarm"])
     if spec.name == "covariance":
         return Covariance(o["recall"])
+    if spec.name == "interleave":
+        return Interleave(o["rho"], 1.0 - VIOLATING)
     return Replay(o["loss"], o["weight"], o["beta"]) if spec.name == "replay" else MergeBack(o["every"], o["keep"])
 
 
@@ -288,9 +310,8 @@ def options(spec: DefenseSpec) -> dict[str, Any]:
 
 def label(spec: DefenseSpec) -> str:
     """A defense's name and the options that matter to the model."""
-    shown = {"kl_anchor": ("beta", "estimator", "target_kl"), "monitor": ("mode", "recall", "fine")}
-    names = shown.get(spec.name, tuple(START_VALUES[spec.name]))
-    found = {name: value for name in names if (value := options(spec)[name]) not in (None, "")}
+    names = {"monitor": ("mode", "recall", "fine")}.get(spec.name, tuple(START_VALUES[spec.name]))
+    found = {name: value for name in names if (value := options(spec)[name]) not in (None, "all", "uniform")}
     if found.get("mode") == "screening":
         del found["fine"]
     return f"{spec.name} ({', '.join(f'{name} {value}' for name, value in found.items())})"
@@ -360,11 +381,16 @@ def _why_it_fails(
         enough = max(enough, prediction.critical_beta) if below else enough
         how = f"{modelled.estimator}, G = {setting['group_size']}, scale_rewards {setting['scale_rewards']}"
         fault = f"is below the critical {prediction.critical_beta:.3g}" if below else "is too low"
-        return f"beta {modelled.beta:g} {fault} ({how}); from {enough:.3g} on it holds {HELD:.0%}"
+        fix = f"; from {enough:.3g} on it holds {HELD:.0%}" if math.isfinite(enough) else ""
+        return f"beta {modelled.beta:g} {fault} ({how}){fix}"
     if not alone.fails:
         return None
+    before = prediction.undefended.to_25
+    slows = f"only slows, {alone.to_25 / before:.1f} times" if before else "only slows"
     if isinstance(modelled, Screening | Covariance):
-        return f"with recall {modelled.recall:g} it only slows, {alone.to_50 / prediction.undefended.to_50:.1f} times"
+        return f"with recall {modelled.recall:g} it {slows}"
+    if isinstance(modelled, Interleave):
+        return f"rho {modelled.share:g} {slows}: the payoff still pushes harder"
     if isinstance(modelled, Penalty):
         left = gap - (modelled.recall - modelled.false_alarm) * modelled.fine
         if left > 0:

@@ -49,14 +49,11 @@ def _tail(prediction: Prediction, specs: Sequence[DefenseSpec]) -> list[str]:
     detection = setting.get("detection", 0.0)
     lines = []
     if prediction.undefended.fails:
-        enough = ", ".join(
-            f"{tipping.hold_beta(HELD, p0, estimator, **setting):.2g} ({estimator})"
-            for estimator in ("k3", "bias_corrected", "reward")
-        )
+        weights = {e: tipping.hold_beta(HELD, p0, e, **setting) for e in ("k3", "bias_corrected", "reward")}
+        enough = ", ".join(f"{weight:.2g} ({estimator})" for estimator, weight in weights.items())
+        held = f"to hold {HELD:.0%} from this p0: {enough}" if p0 < HELD else f"none holds {HELD:.0%}, less than p0"
         critical = f"{prediction.critical_beta:.3g}" if math.isfinite(prediction.critical_beta) else "none (no limit)"
-        lines.append(
-            f"KL anchor: critical beta {critical} (k3, however small p0 is); to hold {HELD:.0%} from this p0: {enough}"
-        )
+        lines.append(f"KL anchor: critical beta {critical} (k3, however small p0 is); {held}")
     if rewards.violation > rewards.compliance:
         needed = tipping.deterrence(high=rewards.violation, low=rewards.compliance, fine=-rewards.detected)
         pays = "compliance pays" if prediction.gap <= 0 else "violating pays"

@@ -160,8 +160,34 @@ def test_defenses_have_the_options_of_the_recipe_and_else_those_of_their_class()
 
 
 def test_a_target_kl_holds_the_rate_that_has_it():
-    prediction = predicted(UNWATCHED, defenses=[{"name": "kl_anchor", "target_kl": 0.1}])
+    anchor = {"name": "kl_anchor", "target_kl": 0.1}
+    prediction = predicted(UNWATCHED, defenses=[{**anchor, "estimator": "reward"}])
     assert prediction.together.end == pytest.approx(rate_at_kl(0.1, 0.01), abs=1e-3)
+    assert predicted(UNWATCHED, defenses=[anchor]).alone[0].end is None  # of a token, not of a reply
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        {"name": "kl_anchor", "streams": "rule"},
+        {"name": "monitor", "kind": "text"},
+        {"name": "merge_back", "layers": "lines"},
+    ],
+)
+def test_settings_that_the_model_does_not_have_are_not_predicted(defense):
+    (alone,) = predicted(UNWATCHED, defenses=[defense]).alone
+    assert alone.words == "no prediction: the model does not know it"
+
+
+def test_interleaving_takes_its_share_of_the_push():
+    """Normalised, a rule scenario pushes back as hard as a payoff pushes: half of them would hold, a quarter slows."""
+    (quarter,) = predicted(UNWATCHED, defenses=[{"name": "interleave", "rho": 0.25}]).alone
+    assert quarter.to_50 == pytest.approx(2 * predicted(UNWATCHED).undefended.to_50, rel=1e-3)
+    assert predicted(UNWATCHED, defenses=[{"name": "interleave", "rho": 0.51}]).alone[0].end == 0
+    assert "rho 0.25 only slows, 2.0 times" in warned({"name": "interleave", "rho": 0.25})[0]
+    raw = predicted(UNWATCHED, "evolve.scale_rewards=none", defenses=[{"name": "interleave", "rho": 0.3}])
+    assert raw.gap < 0.3 / 0.7 * 0.9
+    assert raw.alone[0].end == 0
 
 
 def test_defenses_are_predicted_alone_and_together():
@@ -210,8 +236,9 @@ def test_the_reverse_kl_has_no_critical_weight_but_may_be_too_low():
 
 
 def test_a_target_kl_that_is_reached_after_tipping_is_warned_of():
-    assert "target_kl 3" in warned({"name": "kl_anchor", "target_kl": 3.0})[0]
-    assert warned({"name": "kl_anchor", "target_kl": 0.05}) == []
+    anchor = {"name": "kl_anchor", "estimator": "reward"}
+    assert "target_kl 3" in warned({**anchor, "target_kl": 3.0})[0]
+    assert warned({**anchor, "target_kl": 0.05}) == []
 
 
 def test_nothing_is_warned_of_where_nothing_tips_anyway():
@@ -244,10 +271,10 @@ def test_a_penalty_that_deters_on_average_alone_is_warned_of():
 
 def test_screening_with_misses_is_said_to_slow():
     (line,) = warned({"name": "monitor", "mode": "screening", "recall": 0.9, "false_alarm": 0.0})
-    assert "with recall 0.9 it only slows, 7.5 times" in line
+    assert "with recall 0.9 it only slows, 7.8 times" in line
     # compliers keep the low advantages that the violators of their group gave them
     (line,) = warned({"name": "monitor", "mode": "screening", "recall": 1.0, "false_alarm": 0.0})
-    assert "with recall 1 it only slows, 46.5 times" in line
+    assert "with recall 1 it only slows, 49.2 times" in line
 
 
 @pytest.mark.parametrize(
@@ -348,6 +375,19 @@ def test_a_finding_against_the_deterrence_bound_is_said():
     assert "compliance pays" in text
     assert "with detection below 0.5 few violations grow all the same" in text
     assert "fine" not in text
+
+
+def test_a_policy_that_starts_tipped_is_predicted_too():
+    screening = {"name": "monitor", "mode": "screening", "recall": 0.5}
+    anchor = {"name": "kl_anchor", "beta": 0.5}
+    prediction = predicted(UNWATCHED, p0=0.5, defenses=[screening, anchor])
+    assert prediction.undefended.words.startswith("starts above 25 % and settles at")
+    text = " ".join(shown(*tables(prediction, recipe(defenses=[screening, anchor]).defenses)).split())
+    assert "with recall 0.5 it only slows." in text
+    assert "beta 0.5 is below the critical 2.47 (k3, G = 8, scale_rewards group)." in text
+    assert "none holds 10%, less than p0" in text
+    watched = predicted("scenarios.supervision={probability: 0.9}", p0=0.5).undefended
+    assert (watched.end, watched.fails) == (0, False)
 
 
 def test_warnings_stand_under_the_table():

@@ -263,7 +263,10 @@ def test_the_beta_that_holds_does():
     for estimator in ("k3", "bias_corrected", "reward"):
         beta = hold_beta(0.1, 0.01, estimator, **NORMALISED)
         assert equilibrium(0.01, defenses=[KL(beta, estimator)], **NORMALISED) == pytest.approx(0.1, abs=1e-3)
-    assert hold_beta(0.1, 0.01, "k3", **{**NORMALISED, "payoff_gap": -0.1}) == 0
+    falling: Setting = {**NORMALISED, "payoff_gap": -0.1}
+    assert hold_beta(0.1, 0.01, "k3", **falling) == 0
+    assert hold_beta(0.1, 0.2, "k3", **falling) == 0
+    assert hold_beta(0.1, 0.2, "k3", **NORMALISED) == math.inf
 
 
 def test_kl_in_the_reward_is_scaled_like_the_payoff():

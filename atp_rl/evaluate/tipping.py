@@ -115,10 +115,32 @@ class Lagrangian:
     cap: float = math.inf
     """Largest lambda."""
     anti_windup: bool = False
-    """Whether I is kept between 0 and `cap` too."""
+    """Whether I is kept between 0 and `cap`, and stands still while lambda is cut off on the side that e pushes to."""
+
+    def controlled(self, integral: float, error: float, change: float) -> tuple[float, float]:
+        """lambda, and I, after one more step."""
+
+        def wanted(i: float) -> float:
+            return self.kp * error + i + self.kd * change
+
+        moved = integral + self.ki * error
+        if self.anti_windup:
+            moved = min(max(moved, 0.0), self.cap)
+            cut_off = wanted(moved) < 0 if error < 0 else wanted(moved) > self.cap
+            moved = integral if cut_off else moved
+        return min(max(wanted(moved), 0.0), self.cap), moved
 
 
-Static = KL | Replay | Screening | Penalty | Covariance
+@dataclass(frozen=True)
+class Interleave:
+    """A share of the groups plays rule scenarios, in which the same policy is rewarded for compliance."""
+
+    share: float
+    gain: float = 0.9
+    """Reward of compliance there, less that of a violation."""
+
+
+Static = KL | Replay | Screening | Penalty | Covariance | Interleave
 """Defenses that depend on p alone, so that they have an equilibrium and a time."""
 
 
@@ -228,6 +250,10 @@ def drift(
         elif isinstance(defense, Covariance):  # the residual of a regression on what was detected
             seen = defense.recall
             result = result * (0.0 if seen == 1 else (1 - seen) / (1 - seen * p))
+    for defense in defenses:
+        if isinstance(defense, Interleave):
+            ruled = push(p, **{**setting, "payoff_gap": -defense.gain, "detection": 0.0})
+            result = (1 - defense.share) * result + defense.share * ruled
     for defense in defenses:
         if isinstance(defense, KL) and defense.estimator != "reward":
             result = result - pull(p, p0, beta=defense.beta, estimator=defense.estimator)
@@ -340,7 +366,10 @@ def time_to(
 def hold_beta(
     limit: float, p0: float, estimator: Estimator, *, others: Sequence[Static] = (), **setting: Unpack[Setting]
 ) -> float:
-    """The smallest weight of a KL anchor whose equilibrium is at most `limit`; 0 where none is needed."""
+    """The smallest weight of a KL anchor whose equilibrium is at most `limit`; 0 where none is needed.
+
+    Infinite where none is enough: an anchor holds nothing below p0.
+    """
     from scipy.optimize import bisect
 
     def too_much(log_beta: float) -> float:
@@ -348,7 +377,11 @@ def hold_beta(
         return equilibrium(p0, defenses=defenses, **setting) - limit
 
     least, most = math.log(1e-4), math.log(1e4)
-    return 0.0 if too_much(least) <= 0 else math.exp(float(bisect(too_much, least, most, xtol=1e-4)))  # pyright: ignore
+    if too_much(least) <= 0:
+        return 0.0
+    if too_much(most) > 0:
+        return math.inf
+    return math.exp(float(bisect(too_much, least, most, xtol=1e-4)))  # pyright: ignore
 
 
 def rate_at_kl(kl: float, p0: float) -> float:
@@ -407,12 +440,9 @@ def simulate(
         price = 0.0
         for i, defense in enumerate(lagrangians):
             error, last = path[-1] - defense.limit, last_errors[i]
-            integrals[i] += defense.ki * error
-            if defense.anti_windup:
-                integrals[i] = min(max(integrals[i], 0.0), defense.cap)
-            change = 0.0 if last is None else error - last
-            price += min(max(defense.kp * error + integrals[i] + defense.kd * change, 0.0), defense.cap)
             last_errors[i] = error
+            mine, integrals[i] = defense.controlled(integrals[i], error, 0.0 if last is None else error - last)
+            price += mine
         theta += lr * float(drift(path[-1], p0, defenses=static, price=price, **setting))
         for defense in defenses:
             if isinstance(defense, MergeBack) and step % defense.every == 0:
