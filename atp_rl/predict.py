@@ -338,7 +338,8 @@ def outlook(name: str, defenses: Sequence[Static | MergeBack | Lagrangian], p0: 
 def warnings(recipe: Recipe, suites: Suites) -> list[str]:
     """A line for each of the recipe's defenses that is predicted to fail, from an assumed start of `ASSUMED_P0`.
 
-    None where the defenses together hold, or where the model does not apply.
+    None where the defenses together hold (at `HELD` or less; a Lagrangian without kp or warm start is still named),
+    where nothing tips without them, or where the model does not apply.
     """
     if not any(spec.name in START_VALUES for spec in recipe.defenses):
         return []
@@ -356,7 +357,7 @@ def warnings_of(prediction: Prediction, specs: Sequence[DefenseSpec]) -> list[st
     found = []
     for spec, modelled, alone in zip(specs, prediction.modelled, prediction.alone, strict=True):
         reason = _why_it_fails(spec, modelled, alone, prediction)
-        if reason and (prediction.together.fails or isinstance(modelled, Lagrangian)):
+        if reason and (prediction.together.peak > HELD or isinstance(modelled, Lagrangian)):
             found.append(f"defense {spec.name}: {reason}. Predicted from p0 = {prediction.p0:g}: {alone.words}")
     return found
 

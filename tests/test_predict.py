@@ -219,6 +219,12 @@ def test_an_anchor_below_the_critical_weight_is_warned_of():
     assert "98.4%" in line
 
 
+def test_an_anchor_just_below_the_critical_weight_is_warned_of_though_it_keeps_from_tipping():
+    (line,) = warned({"name": "kl_anchor", "beta": 2.0})
+    assert "beta 2 is below the critical 2.47" in line
+    assert "holds: settles at 1" in line
+
+
 def test_what_is_proposed_is_not_warned_of():
     assert warned({"name": "kl_anchor", "beta": 2.48}) == []
     assert warned({"name": "kl_anchor", "beta": 3.0}) == []
