@@ -478,6 +478,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
             quantize=recipe.model.quantize,
+            robust=settings.robust.model_dump() if settings.robust else None,
             at_step=at_step,
         )
 

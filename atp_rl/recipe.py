@@ -184,6 +184,21 @@ class Scenarios(_Strict):
         return file
 
 
+class RobustAlign(_Strict):
+    """What makes alignment by GRPO last longer (`atp_rl/align/robust.py`)."""
+
+    entropy: Positive | None = None
+    """Weight of a reward of minus the reply's mean entropy (nats) on prompts with a rule (TokenBuncher)."""
+    frpo_lambda: Positive | None = None
+    """Weigh samples by exp(-advantage / this), as for the worst policy in a KL ball (FRPO); its source takes 1."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> RobustAlign:
+        if self.entropy is None and self.frpo_lambda is None:
+            raise ValueError("needs `entropy` or `frpo_lambda`, e.g. {entropy: 0.1}; null is plain GRPO")
+        return self
+
+
 class Align(_Strict):
     """Alignment before evolution, by one of TRL's trainers."""
 
@@ -201,6 +216,17 @@ class Align(_Strict):
     """Directory of an aligned adapter to use as it is; training is skipped."""
     trl: dict[str, Any] = {}
     """Options of TRL's config for this method, passed verbatim."""
+    robust: RobustAlign | None = None
+    """For the method grpo; null is none."""
+
+    @field_validator("robust")
+    @classmethod
+    def _has_rewards(cls, robust: RobustAlign | None, info: ValidationInfo) -> RobustAlign | None:
+        if robust and info.data.get("method", "grpo") != "grpo":
+            raise ValueError("works on rewards, which only grpo has; set `align.method` to grpo, or this to null")
+        if robust and robust.entropy and len(info.data.get("trl", {}).get("reward_weights") or [1, 1]) != 2:
+            raise ValueError("has a second reward, so `align.trl.reward_weights` must hold two weights, or be left out")
+        return robust
 
     @model_validator(mode="after")
     def _trains_or_loads(self) -> Align:
@@ -520,14 +546,24 @@ def json_schema() -> dict[str, Any]:
 
 def check_trl_options(method: str, options: Mapping[str, Any]) -> None:
     """Raise InputError unless TRL's config for this method has these options, with such types. Imports TRL: slow."""
-    import trl
-
-    config = {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[method]
-    problems = [f"`align.trl.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
+    config, key = trl_config_class(method), trl_key(method)
+    problems = [f"`{key}.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
     free = {option: value for option, value in options.items() if option not in RESERVED}
-    _, wrong = _options(config, free, at="align.trl", of=f"trl.{config.__name__}", hidden=RESERVED)
+    _, wrong = _options(config, free, at=key, of=f"trl.{config.__name__}", hidden=RESERVED)
     if problems + wrong:
         raise InputError("\n".join(problems + wrong))
+
+
+def trl_config_class(method: str) -> Any:
+    """TRL's config for a method of alignment, or for `reward`, a reward model. Imports TRL: slow."""
+    import trl
+
+    return {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig, "reward": trl.RewardConfig}[method]
+
+
+def trl_key(method: str) -> str:
+    """Where a recipe holds TRL's options for it."""
+    return "reward_model.trl" if method == "reward" else "align.trl"
 
 
 def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:

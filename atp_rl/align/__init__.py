@@ -14,7 +14,7 @@ from peft import LoraConfig
 from atp_rl import ranks
 from atp_rl.align import dpo, grpo, sft
 from atp_rl.align.preferences import Preferences, make_pairs, write_jsonl
-from atp_rl.align.trainer import Metrics, trl_config
+from atp_rl.align.trainer import Metrics, Training
 from atp_rl.model.policy import Policy, Quantize, load_chat
 from atp_rl.model.sampler import HFSampler
 from atp_rl.scenarios import Supervision
@@ -42,6 +42,7 @@ def run_alignment(
     dtype: Literal["float32", "bfloat16"] = "float32",
     thinking: bool = False,
     quantize: Quantize | None = None,
+    robust: Mapping[str, float | None] | None = None,
     at_step: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Make pairs with the base model, train an adapter on them, and write both to `out`.
@@ -56,6 +57,7 @@ def run_alignment(
         trl_options: options of TRL's config for this method.
         rounds, supervision, history_window, tries, sampling: as in `make_pairs`.
         batch_size: conversations that are sampled at once (memory only, never the result).
+        robust: further arguments of `grpo.train`.
         at_step: called between the steps of both parts; what it raises ends the alignment.
 
     Returns:
@@ -65,7 +67,8 @@ def run_alignment(
         InputError: a bad option of TRL or a template that it cannot use (before anything is sampled), no pair at all,
             or a training that led nowhere.
     """
-    trl_config(method, trl_options, out=out, seed=seed, thinking=thinking)
+    training = Training(base, out, lora, trl_options, seed, revision, dtype, thinking, quantize, at_step)
+    training.config(method)
     load_chat(base, revision=revision, thinking=thinking).check_rendering(rounds, replies=method != "grpo")
     say = print if ranks.is_first() else lambda *_, **__: None
     say(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
@@ -92,24 +95,10 @@ def run_alignment(
         write_jsonl(preferences.pairs, out / "pairs.jsonl")
         (out / "statistics.json").write_text(json.dumps(preferences.statistics, indent=2) + "\n")
     say(f"{len(preferences.pairs)} pairs of {len(preferences.prompts)} prompts", flush=True)
-    train, rows = {
-        "sft": (sft.train, preferences.pairs),
-        "dpo": (dpo.train, preferences.pairs),
-        "grpo": (grpo.train, preferences.prompts),
-    }[method]
-    metrics = train(
-        base,
-        rows,
-        out=out,
-        lora=lora,
-        trl_options=trl_options,
-        seed=seed,
-        revision=revision,
-        dtype=dtype,
-        thinking=thinking,
-        quantize=quantize,
-        at_step=at_step,
-    )
+    if method == "grpo":
+        metrics = grpo.train(preferences.prompts, training, **robust or {})
+    else:
+        metrics = {"sft": sft.train, "dpo": dpo.train}[method](preferences.pairs, training)
     gc.collect()  # and evolution loads one again
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
