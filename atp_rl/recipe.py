@@ -188,7 +188,7 @@ class RobustAlign(_Strict):
     """What makes alignment by GRPO last longer (`atp_rl/align/robust.py`)."""
 
     entropy: Positive | None = None
-    """Weight of a reward of minus the reply's mean entropy (nats) on prompts with a rule (TokenBuncher)."""
+    """Weight of the replies' mean entropy (nats) in the loss, which GRPO then lowers (after TokenBuncher)."""
     frpo_lambda: Positive | None = None
     """Weigh samples by exp(-advantage / this), as for the worst policy in a KL ball (FRPO); its source takes 1."""
 
@@ -223,9 +223,10 @@ class Align(_Strict):
     @classmethod
     def _has_rewards(cls, robust: RobustAlign | None, info: ValidationInfo) -> RobustAlign | None:
         if robust and info.data.get("method", "grpo") != "grpo":
-            raise ValueError("works on rewards, which only grpo has; set `align.method` to grpo, or this to null")
-        if robust and robust.entropy and len(info.data.get("trl", {}).get("reward_weights") or [1, 1]) != 2:
-            raise ValueError("has a second reward, so `align.trl.reward_weights` must hold two weights, or be left out")
+            raise ValueError("works on sampled replies, as only grpo has; set `align.method` to grpo, or this to null")
+        twice = {"entropy_coef", "use_adaptive_entropy"} & {*info.data.get("trl", {})}
+        if robust and robust.entropy and twice:
+            raise ValueError(f"sets the entropy's weight, and so does `align.trl.{min(twice)}`; leave one of them out")
         return robust
 
     @model_validator(mode="after")

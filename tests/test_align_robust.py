@@ -8,7 +8,7 @@ import torch
 
 from atp_rl import pipeline
 from atp_rl.align import grpo
-from atp_rl.align.robust import RobustGRPOTrainer, frpo_advantages
+from atp_rl.align.robust import FRPOTrainer, frpo_advantages
 from atp_rl.align.trainer import Training
 from atp_rl.recipe import load
 from atp_rl.scenarios import load as load_scenarios
@@ -80,36 +80,16 @@ def align(out, options=None, **robust):
     return [entry for entry in entries if "loss" in entry]
 
 
-def test_the_entropy_reward_lowers_entropy_faster(tmp_path):
-    plain = align(tmp_path / "plain")
-    robust = align(tmp_path / "robust", entropy=2.0)
-    assert robust[0]["rewards/low_entropy/mean"] == pytest.approx(-2.0 * robust[0]["entropy"], rel=0.1)
-    assert "rewards/low_entropy/mean" not in plain[0]
-    assert robust[0]["entropy"] == pytest.approx(plain[0]["entropy"], rel=1e-3)  # the same start
-    assert robust[-1]["entropy"] < 0.8 * plain[-1]["entropy"]
-
-
-def test_the_entropy_reward_is_that_of_the_replies_and_of_rule_prompts_alone(tmp_path, monkeypatch):
-    seen = []
-    measure = RobustGRPOTrainer.low_entropy
-
-    def spy(self, **columns):
-        values = measure(self, **columns)
-        without = measure(self, **(columns | {"required": [None] * len(values)}))
-        seen.append((columns["prompts"], columns["completion_ids"], values, without))
-        return values
-
-    spy.__name__ = "low_entropy"
-    monkeypatch.setattr(RobustGRPOTrainer, "low_entropy", spy)
-    align(tmp_path, {"max_steps": 1}, entropy=1.0)
-    asked, written, values, without = seen[0]
-    assert without == [None] * len(values)
-    policy = small_model.make_policy(anchored=False)
-    for messages, ids, value in list(zip(asked, written, values, strict=True))[:4]:
-        prompt = policy.chat.encode(messages, [])
-        places = range(len(prompt), len(prompt) + len(ids))
-        acted = policy.acted_tokens([[*prompt, *ids]], [places])
-        assert -value == pytest.approx(acted.entropy.mean().item(), rel=1e-3)
+def test_less_entropy_with_its_weight(tmp_path):
+    plain, weak, strong = (
+        align(tmp_path / name, **robust)
+        for name, robust in {"plain": {}, "weak": {"entropy": 0.1}, "strong": {"entropy": 2.0}}.items()
+    )
+    start = plain[0]["entropy"]
+    assert weak[0]["entropy"] == strong[0]["entropy"] == start  # the same start
+    assert strong[0]["loss"] - plain[0]["loss"] == pytest.approx(2.0 * start, rel=1e-3)  # the loss, by hand
+    assert strong[-1]["entropy"] < weak[-1]["entropy"] < plain[-1]["entropy"]
+    assert strong[-1]["entropy"] < 0.7 * plain[-1]["entropy"]
 
 
 def test_frpo_weights_reach_the_loss(tmp_path, monkeypatch):
@@ -119,13 +99,13 @@ def test_frpo_weights_reach_the_loss(tmp_path, monkeypatch):
         weighed.append((advantages, frpo_advantages(advantages, lam)))
         return weighed[-1][1]
 
-    class Spy(RobustGRPOTrainer):
+    class Spy(FRPOTrainer):
         def _compute_loss(self, model, inputs):
             given.append(inputs["advantages"])
             return super()._compute_loss(model, inputs)
 
     monkeypatch.setattr("atp_rl.align.robust.frpo_advantages", spy)
-    monkeypatch.setattr("atp_rl.align.robust.RobustGRPOTrainer", Spy)
+    monkeypatch.setattr("atp_rl.align.robust.FRPOTrainer", Spy)
     align(tmp_path, {"max_steps": 1}, frpo_lambda=1.0)
     ((before, after),) = weighed
     assert before.shape == (2, 8)
@@ -139,13 +119,13 @@ def test_frpo_weights_reach_the_loss(tmp_path, monkeypatch):
     [
         (
             ["align.method=dpo", "align.robust.entropy=.1"],
-            "`align.robust`.*works on rewards.*set `align.method` to grpo",
+            "`align.robust` works on sampled replies.*set `align.method` to grpo",
         ),
         (["align.method=grpo", "align.robust={}"], "`align.robust` needs `entropy` or `frpo_lambda`"),
         (["align.method=grpo", "align.robust.frpo_lambda=0"], "`align.robust.frpo_lambda` must be greater than 0"),
         (
-            ["align.method=grpo", "align.robust.entropy=.1", "align.trl.reward_weights=[1.0]"],
-            "`align.trl.reward_weights`.*two",
+            ["align.method=grpo", "align.robust.entropy=.1", "align.trl.entropy_coef=.1"],
+            "`align.robust` sets the entropy's weight, and so does `align.trl.entropy_coef`",
         ),
     ],
 )

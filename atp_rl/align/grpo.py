@@ -21,17 +21,18 @@ def train(
     Args:
         prompts: with `options` and `required`, as `make_pairs` makes them (pairs will do too).
         training: its options are those of `trl.GRPOConfig`; its `beta` defaults to 0, which is no reference at all.
-        entropy, frpo_lambda: as in `align.robust`.
+        entropy, frpo_lambda: see `align/robust.py`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
     """
     config = training.config("grpo")
+    if entropy is not None:
+        config.entropy_coef = -entropy  # TRL subtracts the weighted entropy from the loss
     from trl import GRPOTrainer
 
     rows = [{key: row[key] for key in ("prompt", "options", "required")} for row in prompts]
-    if entropy is None and frpo_lambda is None:
+    if frpo_lambda is None:
         return fit(GRPOTrainer, rows, config, training, reward_funcs=compliance)
-    from atp_rl.align.robust import RobustGRPOTrainer
+    from atp_rl.align.robust import FRPOTrainer
 
-    robust = {"entropy": entropy, "frpo_lambda": frpo_lambda}
-    return fit(RobustGRPOTrainer, rows, config, training, reward_funcs=[compliance], **robust)
+    return fit(FRPOTrainer, rows, config, training, reward_funcs=compliance, frpo_lambda=frpo_lambda)
