@@ -256,8 +256,69 @@ class Imitation(_Strict):
     """Of the imitation loss beside the policy gradient."""
 
 
+class RewardModel(_Strict):
+    """How `atp reward-model` trains one, on pairs made as `align` says."""
+
+    trl: dict[str, Any] = {}
+    """Options of TRL's RewardConfig, passed verbatim."""
+
+
 POPULATIONS = ("population", "imitation")
 """Learners with one adapter for every seat."""
+
+
+class MonitorOptions(_Strict):
+    """What the reward model `monitor` sees, and how often it is wrong."""
+
+    kind: Literal["action", "text"] = "action"
+    """Reads the decision (action), or all but the decision (text)."""
+    recall: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Chance that what it sees is flagged."""
+    false_alarm: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that a reply in which it sees nothing is flagged all the same."""
+
+
+class PreferenceOptions(_Strict):
+    """The reward model `preference`."""
+
+    model: Name
+    """Directory that `atp reward-model` wrote."""
+    batch_size: Count = 64
+    """Conversations that are scored at once."""
+
+
+class JudgeOptions(_Strict):
+    """The reward model `judge`: a model behind an OpenAI-compatible API."""
+
+    url: Annotated[str, Field(pattern="^https?://")]
+    """Root of the API, e.g. http://127.0.0.1:8000/v1."""
+    model: Name
+    """The model's name there."""
+    api_key_env: Name | None = None
+    """Name of the environment variable that holds the key; null sends none."""
+    requests_per_minute: Positive | None = None
+    """Questions are sent no faster than this; null is as fast as they are answered."""
+    max_requests: Count | None = None
+    """Most questions that are ever sent for this `cache`; when they are spent the run stops. Null is no limit."""
+    max_tokens: Count | None = None
+    """Stop when the service has counted so many tokens, as with `max_requests`; null is no limit."""
+    cache: Name | None = None
+    """File (SQLite) of the answers and of what was spent; null is `judge.sqlite` in the run directory."""
+    timeout_s: Positive = 120.0
+    """Longest that one request may take, in seconds."""
+    concurrency: Count = 16
+    """Requests under way at once."""
+
+
+class RewardOptions(_Strict):
+    """Options of the reward models in `evolve.rewards` that have any."""
+
+    monitor: MonitorOptions | None = None
+    """Null is an action monitor that never errs."""
+    preference: PreferenceOptions | None = None
+    """Needed for `preference`."""
+    judge: JudgeOptions | None = None
+    """Needed for `judge`."""
 
 
 class Evolve(_Strict):
@@ -302,10 +363,32 @@ class Evolve(_Strict):
     """Sampling temperature."""
     rewards: Annotated[dict[Name, float], Field(min_length=1)] = {"payoff": 1.0}
     """Entries of `reward_models` and their weights in the sum."""
+    reward_options: Annotated[RewardOptions, Field(validate_default=True)] = RewardOptions()
+    """Options of those that have any, by name."""
     deviants: Deviants | None = None
     """Seats that start from another adapter, for learners with one adapter a seat; null is none."""
     imitation: Imitation | None = None
     """For the learner `imitation`; null is its defaults."""
+
+    @field_validator("reward_options")
+    @classmethod
+    def _belong_to_rewards(cls, options: RewardOptions, info: ValidationInfo) -> RewardOptions:
+        given, rewards = {name for name, value in options if value is not None}, info.data.get("rewards")
+        if rewards is None:  # they are wrong themselves
+            return options
+        if unused := sorted(given - rewards.keys()):
+            raise ValueError(
+                f"has {unused[0]}, which is not in `evolve.rewards`; add it there, or leave its options out"
+            )
+        if open_ := sorted(({"preference", "judge"} & rewards.keys()) - given):
+            raise ValueError(
+                {
+                    "preference": "needs preference.model for `evolve.rewards.preference`: a directory that "
+                    "`atp reward-model RECIPE... --out DIR` wrote",
+                    "judge": "needs judge.url and judge.model for `evolve.rewards.judge`",
+                }[open_[0]]
+            )
+        return options
 
     @field_validator("gradient_checkpointing")
     @classmethod
@@ -468,6 +551,7 @@ class Recipe(_Strict):
     scenarios: Scenarios = Scenarios()
     align: Align | None = None
     """Null skips alignment."""
+    reward_model: RewardModel = RewardModel()
     evolve: Evolve | None = None
     """Null skips evolution."""
     sampler: Sampler = Sampler()

@@ -72,24 +72,16 @@ def run_alignment(
     load_chat(base, revision=revision, thinking=thinking).check_rendering(rounds, replies=method != "grpo")
     say = print if ranks.is_first() else lambda *_, **__: None
     say(f"asking {base} for a compliant and a violating answer to {len(scenarios)} scenarios", flush=True)
-    policy = Policy.load(
-        base, lora=lora, seed=seed, revision=revision, dtype=dtype, thinking=thinking, quantize=quantize
-    )
-    preferences = make_pairs(
+    preferences = base_preferences(
         scenarios,
-        HFSampler(policy, batch_size=batch_size),  # a fresh adapter changes nothing: this is the base
+        training,
         rounds=rounds,
         supervision=supervision,
         history_window=history_window,
         tries=tries,
-        seed=seed,
         sampling=sampling,
-        at_step=at_step,
+        batch_size=batch_size,
     )
-    del policy
-    gc.collect()  # the trainer loads its own copy of the base
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if ranks.is_first():
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(preferences.pairs, out / "pairs.jsonl")
@@ -99,11 +91,57 @@ def run_alignment(
         metrics = grpo.train(preferences.prompts, training, **robust or {})
     else:
         metrics = {"sft": sft.train, "dpo": dpo.train}[method](preferences.pairs, training)
-    gc.collect()  # and evolution loads one again
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free()  # evolution loads the base again
     asked, paired = len(preferences.prompts), len(preferences.pairs)
     return {"pairs": paired, "prompts": asked, "dropped": asked - paired, **metrics}
 
 
-__all__ = ["Method", "Preferences", "make_pairs", "run_alignment"]
+def base_preferences(
+    scenarios: Sequence[Scenario],
+    training: Training,
+    *,
+    rounds: int,
+    supervision: Supervision,
+    history_window: int,
+    tries: int,
+    sampling: SamplingParams,
+    batch_size: int,
+) -> Preferences:
+    """What the base of a training to come answers when it is told either side; the arguments are `make_pairs`'s."""
+    policy = Policy.load(
+        training.base,
+        lora=training.lora,
+        seed=training.seed,
+        revision=training.revision,
+        dtype=training.dtype,
+        thinking=training.thinking,
+        quantize=training.quantize,
+    )
+    preferences = make_pairs(
+        scenarios,
+        HFSampler(policy, batch_size=batch_size),  # a fresh adapter changes nothing: this is the base
+        rounds=rounds,
+        supervision=supervision,
+        history_window=history_window,
+        tries=tries,
+        seed=training.seed,
+        sampling=sampling,
+        at_step=training.at_step,
+    )
+    del policy
+    _free()  # the trainer loads its own copy of the base
+    return preferences
+
+
+def pair_supervision(rounds: int) -> Supervision:
+    """What conversations of so many rounds are told of supervision while pairs are made."""
+    return "all_unsupervised" if rounds == 1 else "random"
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+__all__ = ["Method", "Preferences", "base_preferences", "make_pairs", "pair_supervision", "run_alignment"]

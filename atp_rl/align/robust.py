@@ -55,8 +55,8 @@ class FRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        everywhere = self.accelerator.gather(output["advantages"])  # a group may lie on several processes
+        everywhere: Any = self.accelerator.gather(output["advantages"])  # a group may lie on several processes
+        group = self.num_generations  # nothing is evaluated here
         robust = frpo_advantages(everywhere.view(-1, group), self.frpo_lambda).flatten()
         own = len(output["advantages"])
         output["advantages"] = robust[self.accelerator.process_index * own :][:own]

@@ -45,7 +45,7 @@ class Training:
     """Of TRL's config for the method."""
     seed: int
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     thinking: bool = False
     quantize: Quantize | None = None
     at_step: Callable[[], None] = lambda: None
