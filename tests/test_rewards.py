@@ -1,5 +1,7 @@
 """What reward models are shown of an episode, and what becomes of an answer that none could give."""
 
+from typing import Any
+
 import pytest
 
 from atp_rl.evolve.rewards import before_each_reply, shape, with_means
@@ -8,7 +10,7 @@ from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import load
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.tracking.run import Interrupted
-from atp_rl.types import SamplingParams
+from atp_rl.types import Message, SamplingParams
 from tests import small_model
 from tests.small_model import episode, turn
 
@@ -33,12 +35,12 @@ def speaker():
 class Recorder:
     """A reward model that remembers what it was shown and answers from a list, or 0."""
 
-    def __init__(self, values=None):
+    def __init__(self, *values: float | None) -> None:
         self.values = values
 
-    def __call__(self, **columns):
+    def __call__(self, **columns: Any) -> list[float | None]:
         self.columns = columns
-        return self.values or [0.0] * len(columns["completions"])
+        return list(self.values or [0.0] * len(columns["completions"]))
 
 
 def test_a_reward_model_reads_the_conversation_up_to_the_reply():
@@ -81,9 +83,9 @@ def test_every_seat_has_a_conversation_of_its_own():
 
 
 def test_replies_are_found_from_the_end():
-    said, user = {"role": "assistant", "content": ""}, {"role": "user", "content": "u"}
+    said, user = Message(role="assistant", content=""), Message(role="user", content="u")
     turns = [turn(round=0), turn(round=1)]  # equal replies, and a defense has put an assistant's message between
-    other = {"role": "assistant", "content": "reminder"}
+    other = Message(role="assistant", content="reminder")
     messages = [user, said, other, user, said]
     assert before_each_reply(messages, turns) == [[user], [user, said, other, user]]
     assert before_each_reply([], turns) == [[], []]
@@ -93,7 +95,7 @@ def test_who_could_not_tell_gets_the_mean_of_its_group_in_that_round():
     places = [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 0)]
     assert with_means([1.0, None, 0.5, 0.25, None, None], places) == [1.0, 0.25, 0.5, 0.25, 0.0, 0.0]
     groups = [[episode(turn(choice="Safe"), sample=i) for i in range(4)]]
-    unsure = Recorder([1.0, None, 0.0, 0.2])
+    unsure = Recorder(1.0, None, 0.0, 0.2)
     rewards = shape(groups, {"it": 2.0}, {"it": unsure})
     assert rewards.tolist()[0] == pytest.approx([2.0, 0.8, 0.0, 0.4])
     assert rewards[0, 1] == pytest.approx(rewards.mean().item())  # no advantage
@@ -101,7 +103,7 @@ def test_who_could_not_tell_gets_the_mean_of_its_group_in_that_round():
 
 def test_weights_add_up():
     groups = [[episode(turn(choice="Safe", payoff=50), sample=i) for i in range(2)]]
-    rewards = shape(groups, {"payoff": 1.0, "it": -0.5}, {"payoff": lambda payoff, **_: payoff, "it": Recorder([1, 2])})
+    rewards = shape(groups, {"payoff": 1.0, "it": -0.5}, {"payoff": lambda payoff, **_: payoff, "it": Recorder(1, 2)})
     assert rewards.tolist() == [[49.5, 49.0]]
 
 
