@@ -169,6 +169,24 @@ def predict(
 
 
 @app.command()
+def reward_model(
+    recipe: RecipeArgs,
+    out: Annotated[Path, typer.Option(help="Directory of the reward model.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="Pairs to train on, e.g. RUN/aligned/pairs.jsonl; default: they are made.")
+    ] = None,
+) -> None:
+    """Train a reward model on preference pairs; `evolve.reward_options.preference.model=DIR` uses it."""
+    from atp_rl import pipeline
+    from atp_rl.recipe import load
+
+    metrics = pipeline.reward_model(load([*recipe, "evolve=null"]), out, pairs)
+    accuracy = metrics["accuracy"]
+    interval = f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}], n {accuracy['n']}"
+    _print(f"right on {accuracy['value']:.1%} {interval} of the pairs of held-out families\n{out}")
+
+
+@app.command()
 def report(
     runs: RunDirs, out: Annotated[Path | None, typer.Option(help="HTML file; default RUN/report.html.")] = None
 ) -> None:
