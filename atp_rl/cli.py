@@ -187,6 +187,41 @@ def demo(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file, e.g. recipes/studies/defenses.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of its runs; default: the file's `dir`.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 2,
+    launcher: Annotated[Literal["local", "slurm"], typer.Option(help="Here, or as job arrays of Slurm.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print what would run; write nothing.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Run the members of this arm alone; may be repeated.")] = None,
+    member: Annotated[str | None, typer.Option(help="Run this one run alone, as a task of a job array does.")] = None,
+) -> None:
+    """Run what is missing of a study, resume what was interrupted; the same command continues until all is there."""
+    from atp_rl.studies import local, slurm
+    from atp_rl.studies.file import find_sources, read_study
+    from atp_rl.studies.members import choose, plan
+    from atp_rl.studies.show import plan_lines
+
+    path = Path(find_sources([str(file)])[0])
+    whole = plan(read_study(path), out)
+    part = choose(whole, only or [])
+    if dry_run:
+        print("\n".join(plan_lines(part)))
+    if launcher == "slurm":
+        slurm.submit(part, path, whole=whole, dry_run=dry_run)
+    if dry_run or launcher == "slurm":
+        return
+    outcome = local.run_one(whole, member) if member else local.run_study(part, workers=workers, whole=whole)
+    _print(part.folder)
+    if outcome.failed:
+        for name, end in outcome.failed.items():
+            print(f"\natp: {name} failed: {end}", file=sys.stderr)
+        if outcome.not_started:
+            print(f"\natp: not started, for want of an alignment: {', '.join(outcome.not_started)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe."""
     from atp_rl.recipe import json_schema

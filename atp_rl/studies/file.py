@@ -39,6 +39,7 @@ def _check_name(value: Any) -> Any:
 Label = Annotated[str, BeforeValidator(_check_name)]
 Sources = list[Annotated[str, Field(min_length=1)]]
 """Recipe files and `key.sub=value` overrides; later ones win."""
+Key = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.\[\]]*$")]
 Knob = str | int | float | bool
 
 
@@ -63,7 +64,9 @@ class Study(BaseModel):
     """Files and overrides of every run, laid over the model's."""
     arms: Annotated[dict[Label, Sources], Field(min_length=1)]
     """An axis: the defenses and controls that are compared, laid over `set`."""
-    knobs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.\[\]]*$")], Annotated[list[Knob], Field(min_length=1)]] = {}
+    knobs: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z_][\w.\[\]]*$")], Annotated[list[Knob], Field(min_length=1)]
+    ] = {}
     """An axis each: a recipe key and its values."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0]
     """An axis: roots of a run's random draws. Alignment keeps the recipe's own."""

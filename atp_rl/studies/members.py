@@ -119,8 +119,10 @@ def choose(plan: Plan, arms: Sequence[str]) -> Plan:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of what decides a run's numbers; where it lives, how it is tracked and whose copy of the adapter it starts
-    from do not."""
+    """SHA-256 of what decides a run's numbers.
+
+    Where it lives and how it is tracked do not, nor in which folder a study keeps the adapter that it starts from.
+    """
     resolved = recipe.model_dump(exclude={"run", "track"})
     if recipe.evolve and Path(recipe.evolve.start_from).name == "aligned":
         resolved["evolve"]["start_from"] = "/".join(Path(recipe.evolve.start_from).parts[-2:])
@@ -213,14 +215,14 @@ def _unfair(cells: Sequence[_Cell]) -> list[str]:
     for cell in cells:
         first = _first_arm(cell, cells)
         differences = [key for key in _scenarios_differ(first, cell) if not key.startswith(MAY_DIFFER)]
-        differences += [] if _budget(cell.recipe) == _budget(first.recipe) else [
-            f"evolve.steps x scenarios_per_step x group_size ({_budget(cell.recipe)} and {_budget(first.recipe)} episodes)"
-        ]  # fmt: skip
+        if (budgets := (_budget(cell.recipe), _budget(first.recipe)))[0] != budgets[1]:
+            product = "evolve.steps x scenarios_per_step x group_size"
+            differences.append(f"{product} ({budgets[0]} and {budgets[1]} episodes)")
         differences += _different({"evaluate": first.recipe.evaluate}, {"evaluate": cell.recipe.evaluate})
         if differences:
             problems.append(
-                f"{cell.name}: is no fair match for {first.name}: differs in {', '.join(differences)}; arms share them, "
-                "so set them in `set`, or as a knob"
+                f"{cell.name}: is no fair match for {first.name}: differs in {', '.join(differences)} (its files: "
+                f"{', '.join(cell.sources)}); set what arms share in `set`, or vary it as a knob"
             )
     return problems
 
