@@ -7,7 +7,7 @@ two-sided 95 %. scipy and lifelines are imported where they are used, so that im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -327,3 +327,43 @@ def interquartile_mean(values: ArrayLike) -> float:
     from scipy.stats import trim_mean
 
     return float(trim_mean(np.asarray(values, dtype=float), 0.25))
+
+
+def seed_mean(values: ArrayLike) -> Rate:
+    """The mean of one value per seed with Student's interval; without bounds where fewer than two values differ."""
+    from scipy.stats import ttest_1samp
+
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)]
+    if len(x) < 2 or np.ptp(x) < 1e-12:
+        return Rate(float(x.mean()) if len(x) else None, None, None, len(x))
+    interval = ttest_1samp(x, 0).confidence_interval(LEVEL)
+    return Rate(float(x.mean()), float(interval.low), float(interval.high), len(x))
+
+
+def rmst_interval(crossings: Sequence[Crossing], horizon: float) -> Rate:
+    """Mean steps without a crossing up to `horizon` (item 6) over the seeds of one arm, with an interval."""
+    from scipy.stats import ttest_1samp
+
+    for c in crossings:
+        if c.step is None and c.censored_at < horizon:
+            raise ValueError(f"a run was watched up to step {c.censored_at} only: compare at a horizon up to that")
+    x = np.array([horizon if c.step is None else min(c.step, horizon) for c in crossings], dtype=float)
+    interval = ttest_1samp(x, 0).confidence_interval(LEVEL)
+    return Rate(float(x.mean()), float(interval.low), float(interval.high), len(x))
+
+
+def iqm_interval(values_by_stratum: Mapping[str, ArrayLike] | Sequence[ArrayLike], rng_seed: int = 0) -> Rate:
+    """Interquartile mean of all values with a bootstrap over seeds within each stratum (testbed)."""
+    arrays = values_by_stratum.values() if isinstance(values_by_stratum, Mapping) else values_by_stratum
+    strata = [np.asarray(a, dtype=float) for a in arrays]
+    rng = np.random.default_rng(rng_seed)
+    drawn = np.hstack([x[rng.integers(len(x), size=(RESAMPLES, len(x)))] for x in strata])
+    low, high = np.quantile(_middle_means(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Rate(interquartile_mean(np.concatenate(strata)), float(low), float(high), drawn.shape[1])
+
+
+def _middle_means(values: np.ndarray) -> np.ndarray:
+    """`interquartile_mean` of each row of values [draw, seed]."""
+    cut = values.shape[1] // 4
+    return np.sort(values, axis=1)[:, cut : values.shape[1] - cut].mean(axis=1)
