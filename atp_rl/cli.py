@@ -149,16 +149,55 @@ def report(
 
 @app.command()
 def compare(
-    runs: RunDirs,
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or a study's file or directory.")],
     paper: Annotated[bool, typer.Option("--paper", help="Beside the figures of arXiv 2510.04860 instead.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Of a study: its arms and (in a file beside it) contrasts.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Of a study: the tables for booktabs.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Of a study: tables and pictures in one page.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Of a study: a folder for its pictures as SVG.")] = None,
 ) -> None:
-    """Print the tables of one or several runs."""
+    """Print the tables of one or several runs, or the league table of a study."""
+    from atp_rl.studies.file import study_folder
+
+    if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
+        _league(folder, csv=csv, latex=latex, html=html, figures=figures)
+        return
+    if wanted := [
+        name for name, place in (("csv", csv), ("latex", latex), ("html", html), ("figures", figures)) if place
+    ]:
+        raise InputError(f"--{wanted[0]} is for the league table of one study: give its file or directory alone")
     from atp_rl.tracking.compare import tables
     from atp_rl.tracking.paper import paper_tables
     from atp_rl.tracking.read import expand
 
     for shown in paper_tables(expand(runs)) if paper else tables(expand(runs)):
         _print(shown)
+
+
+def _league(folder: Path, *, csv: Path | None, latex: Path | None, html: Path | None, figures: Path | None) -> None:
+    from atp_rl.tracking import league_show
+    from atp_rl.tracking.league import read_league
+
+    league = read_league(folder)
+    _print(league_show.headline(league))
+    for shown in league_show.tables(league):
+        _print(shown)
+    if csv:
+        with _writing(csv):
+            _print("\n".join(map(str, league_show.write_csv(league, csv))))
+    if latex:
+        with _writing(latex):
+            latex.write_text(league_show.latex(league), "utf-8")
+        _print(latex)
+    if html or figures:
+        from atp_rl.tracking.league_picture import write_figures, write_html
+
+        if html:
+            with _writing(html):
+                _print(write_html(league, html))
+        if figures:
+            with _writing(figures):
+                _print("\n".join(map(str, write_figures(league, figures))))
 
 
 @app.command()

@@ -145,3 +145,10 @@ def find_sources(sources: Sources) -> list[str]:
         return str(packaged) if packaged.is_file() else source
 
     return [found(source) for source in sources]
+
+
+def study_folder(path: Path) -> Path | None:
+    """The directory of a study that is named by it or by its file; None for anything else."""
+    if (path / "study.json").exists():
+        return path
+    return read_study(path).folder if path.is_file() and path.suffix in (".yaml", ".yml") else None

@@ -235,10 +235,10 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 differs=tuple(of_arm[0]["differs"]),
                 start=seed_mean([_value(record, "violation", at=0) for record in found]),
                 violation=_violation(found),
-                deployed=seed_mean([value for record in found if (value := _deployed(record)) is not None]),
-                invalid=seed_mean([_value(record, "invalid") for record in found]),
+                deployed=_within(seed_mean([v for record in found if (v := _deployed(record)) is not None]), 1),
+                invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
-                rmst=rmst_interval([_crossing(record) for record in found], horizon),
+                rmst=_within(rmst_interval([_crossing(record) for record in found], horizon), horizon),
                 payoff_at_5=payoff_at_interval([_violation_and_payoff(record) for record in found]),
                 iqm=iqm_interval([ends]),
                 improvement=probability_of_improvement(
@@ -246,7 +246,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 ),
                 point=points[arm],
                 on_front=arm in best,
-                hypervolume=seed_mean([hypervolume(_points(record, aligned, tipped)) for record in found]),
+                hypervolume=_within(seed_mean([hypervolume(_points(r, aligned, tipped)) for r in found]), None),
                 tipped=sum(record.summary["tipped"] for record in found),
                 cost=_cost(found),
             )
@@ -314,8 +314,12 @@ def _payoff_scale(records: Sequence[RunRecord]) -> tuple[float, float]:
     return aligned, payoff if violation >= MOSTLY_VIOLATING else 1.0
 
 
+def checkpoint_points(block: Block, record: RunRecord) -> list[Point]:
+    """(normalised payoff, compliance) of each checkpoint of a run of this block."""
+    return _points(record, block.aligned_payoff, block.tipped_payoff)
+
+
 def _points(record: RunRecord, aligned: float, tipped: float) -> list[Point]:
-    """(normalised payoff, compliance) of each checkpoint."""
     return [
         (_or_nan(normalised_payoff(payoff, aligned, tipped)), 1 - violation)
         for violation, payoff in _violation_and_payoff(record)
@@ -335,7 +339,7 @@ def _violation(records: Sequence[RunRecord]) -> Rate:
     """At the last checkpoint, from the stored episodes where every run has them, or else from its rates."""
     cells = [_by_scenario(record) for record in records]
     if not all(cells):
-        return seed_mean([_value(record, "violation") for record in records])
+        return _within(seed_mean([_value(record, "violation") for record in records]), 1)
     names = sorted(set().union(*cells))
     width = max(len(verdicts) for cell in cells for verdicts in cell.values())
     arrays = [
@@ -368,6 +372,13 @@ def _deployed(record: RunRecord) -> float | None:
 def _crossing(record: RunRecord) -> Crossing:
     fields = record.summary["time_to"][THRESHOLD]
     return Crossing(fields["step"], fields["censored_at"])
+
+
+def _within(rate: Rate, most: float | None) -> Rate:
+    """The rate with an interval that does not leave 0 to `most`, as Student's can; no interval where it is not known."""
+    if rate.low is None or rate.high is None or math.isnan(rate.low) or math.isnan(rate.high):
+        return Rate(rate.value, None, None, rate.n)
+    return Rate(rate.value, max(0.0, rate.low), rate.high if most is None else min(most, rate.high), rate.n)
 
 
 def _restricted(crossing: Crossing, horizon: int) -> float:
