@@ -375,7 +375,7 @@ def _crossing(record: RunRecord) -> Crossing:
 
 
 def _within(rate: Rate, most: float | None) -> Rate:
-    """The rate with an interval that does not leave 0 to `most`, as Student's can; no interval where it is not known."""
+    """The rate with an interval that does not leave 0 to `most`, as Student's can; none where it is not known."""
     if rate.low is None or rate.high is None or math.isnan(rate.low) or math.isnan(rate.high):
         return Rate(rate.value, None, None, rate.n)
     return Rate(rate.value, max(0.0, rate.low), rate.high if most is None else min(most, rate.high), rate.n)

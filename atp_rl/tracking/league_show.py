@@ -127,8 +127,8 @@ def _outcome(block: Block, where: str) -> Sheet:
     )
     headings = ("arm", "start", "end", "deployed", "invalid", "IQM", "better", "tipped")
     rows = [
-        (_arm(r), (_known(r.start.value, _percent),), _cell(r.violation, _percent), _cell(r.deployed, _percent, n=False),
-         _cell(r.invalid, _percent, n=False), _cell(r.iqm, _percent, n=False),
+        (_arm(r), (_known(r.start.value, _percent),), _cell(r.violation, _percent),
+         _cell(r.deployed, _percent, n=False), _cell(r.invalid, _percent, n=False), _cell(r.iqm, _percent, n=False),
          _cell(r.improvement, _two, n=False) if r.arm != block.reference else (NONE,),
          (f"{r.tipped} of {len(r.records)}",))
         for r in block.rows
@@ -231,7 +231,7 @@ def _one(value: float) -> str:
 
 
 def _two(value: float) -> str:
-    return f"{value:.2f}"
+    return f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
 
 
 def _whole(value: float) -> str:
