@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from atp_rl.evaluate.stats import LEVEL, RESAMPLES, Rate
-
-EXACT_PAIRS = 13
-"""Most pairs of which all sign flips are tried: 2 ** 13 are fewer than `RESAMPLES`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
     """Difference of two arms over seeds: sign-flip permutation test and t interval.
 
     Under the null hypothesis that a seed's two runs could as well have been each other's, each difference is as likely
-    with the other sign. All flips are tried with up to `EXACT_PAIRS` pairs, `RESAMPLES` random ones with more. With n
+    with the other sign. All flips are tried with up to 13 pairs, `stats.RESAMPLES` random ones with more. With n
     pairs no p-value is below 2 / 2 ** n: .0625 with 5 seeds, .031 with 6, .0078 with 8; pairs that do not differ
     (`smallest_p` counts them out) say nothing. The interval is Student's, on the differences, which a flip test cannot
     give at 95 % for 5 pairs; so it may exclude 0 where the p-value is .0625. It is None where all differences are
@@ -61,11 +59,9 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
     n = len(d)
     if n == 0:
         return Contrast(None, None, None, None, None, 0)
-    exact = n <= EXACT_PAIRS
-    rng = np.random.default_rng(rng_seed)
-    resamples = np.inf if exact else RESAMPLES
+    exact = 2**n <= RESAMPLES  # then scipy tries all flips
     test = permutation_test(
-        (d,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=resamples, rng=rng
+        (d,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=RESAMPLES, rng=rng_seed
     )  # fmt: skip
     smallest = min(1.0, 2.0 ** (1 - int(np.count_nonzero(d))) if exact else 2 / (RESAMPLES + 1))
     low = high = None
@@ -98,7 +94,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> Contrast:
     n, only_a, only_b = len(d), int((d > 0).sum()), int((d < 0).sum())
     if n == 0:
         return Contrast(None, None, None, None, None, 0)
-    p_value = float(exact_test([[0, only_a], [only_b, 0]], exact=True).pvalue) if only_a + only_b else 1.0
+    test: Any = exact_test([[0, only_a], [only_b, 0]], exact=True)
+    p_value = float(test.pvalue) if only_a + only_b else 1.0
     p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
     margin = norm.ppf((1 + LEVEL) / 2) * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
     low, high = max(-1.0, float(p_a - p_b - margin)), min(1.0, float(p_a - p_b + margin))
@@ -121,7 +118,7 @@ def pairs_needed(only_a: float, only_b: float, power: float = 0.8) -> PairsNeede
     if not 0 < gap <= both <= 1 or min(only_a, only_b) < 0:
         raise ValueError(f"shares must be from 0 to 1 and differ, got {only_a} and {only_b}")
     z_level, z_power = norm.ppf((1 + LEVEL) / 2), norm.ppf(power)
-    asymptotic = (z_level * math.sqrt(both) + z_power * math.sqrt(both - gap**2)) ** 2 / gap**2
+    asymptotic = float((z_level * math.sqrt(both) + z_power * math.sqrt(both - gap**2)) ** 2 / gap**2)
     most = 2 * math.ceil(asymptotic) + 20
     m = np.arange(most + 1)  # discordant scenarios
     # Most of the rarer kind with which the exact two-sided test of m halves is still significant; -1 for none.
@@ -171,7 +168,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: each at most .05 keeps the chance of any false one at 5 %."""
     from statsmodels.stats.multitest import multipletests
 
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    corrected: Any = multipletests(p_values, method="holm")[1] if len(p_values) else []
+    return [float(p) for p in corrected]
 
 
 def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> Rate:
