@@ -22,6 +22,7 @@ from atp_rl.evolve.in_context_api import evolve_by_api
 from atp_rl.evolve.loop import evolve
 from atp_rl.evolve.setup import (
     check_service,
+    defended,
     evaluate_suites,
     evaluation_play,
     learning_seats,
@@ -29,6 +30,7 @@ from atp_rl.evolve.setup import (
     lora_config,
     make_sampler,
     make_sync_probe,
+    prepare,
     settings_of,
     training_play,
 )
@@ -54,13 +56,14 @@ def check(recipe: Recipe) -> Suites:
         raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
     _check_testbed(recipe, suites)
-    seats = _check_environments(recipe, suites)
+    defenses = check_defenses(recipe.defenses)
+    seats = _check_environments(recipe, defended(suites, defenses))
     if recipe.sampler.engine != "api":
         _check_tiny(recipe, suites)
     if recipe.sampler.engine == "vllm" and "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
         fix = "`pip install 'atp-rl[vllm]'` on a machine with a GPU, or another engine"
         raise InputError(f"`sampler.engine`: vllm is not installed; {fix}")
-    defenses = check_defenses(recipe.defenses)
+    _check_pairs(recipe, defenses)
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
     if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():
@@ -73,7 +76,8 @@ def check(recipe: Recipe) -> Suites:
         trl_config(recipe.align.method, recipe.align.trl, out=Path(), seed=recipe.seed, thinking=recipe.model.thinking)
     if recipe.evolve and recipe.evolve.learner == "in_context":
         for spec, defense in zip(recipe.defenses, defenses, strict=True):
-            if type(defense).on_prompt is Defense.on_prompt:
+            hooks = ("on_prompts", "on_history", "on_scenario")
+            if all(getattr(type(defense), hook) is getattr(Defense, hook) for hook in hooks):
                 raise InputError(f"`defenses`: {spec.name} changes nothing where no weights are updated; leave it out")
     if recipe.evolve and recipe.evolve.learner in POPULATIONS:
         _check_population(recipe, seats)
@@ -89,6 +93,20 @@ def check(recipe: Recipe) -> Suites:
                 known = ", ".join(reward_models.REWARD_MODELS)
                 raise InputError(f"`evolve.rewards`: unknown reward model {reward!r}; known: {known}")
     return suites
+
+
+def _check_pairs(recipe: Recipe, defenses: Sequence[Defense]) -> None:
+    """Whether defenses that need alignment's preference pairs will find them."""
+    needing = [defense.name for defense in defenses if defense.needs_pairs]
+    if not needing or recipe.evolve is None:
+        return
+    start = recipe.evolve.start_from
+    folder = recipe.align.adapter if recipe.align and recipe.align.adapter else start
+    if start == "base" or (folder != "aligned" and not (Path(folder) / "pairs.jsonl").is_file()):
+        raise InputError(
+            f"`defenses`: {needing[0]} needs alignment's preference pairs, and there is no {folder}/pairs.jsonl; start "
+            "from the `aligned` directory of a run that aligned"
+        )
 
 
 def _check_testbed(recipe: Recipe, suites: Suites) -> None:
@@ -415,7 +433,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
-    policy = load_policy(recipe, _anchor(recipe, run), suites)
+    policy, defenses = load_policy(recipe, _anchor(recipe, run), suites), check_defenses(recipe.defenses)
+    prepare(recipe, suites, policy, _anchor(recipe, run), defenses)
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
@@ -426,7 +445,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
             policy.restore(read_adapters(folder))
             sampler.sync(policy)
             sync_probe.check(policy, sampler)
-            record, _ = evaluate_suites(recipe, suites, policy, sampler, step=int(step))
+            record, _ = evaluate_suites(recipe, suites, policy, sampler, defenses, step=int(step))
             records.append(record | {"overrides": list(overrides)})
             run.log_reevaluation(records[-1])
             report(len(records), f"step {step}")

@@ -100,6 +100,17 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[count * at // of : count * (at + 1) // of]
 
 
+def own_rows(rows: Sequence[T]) -> list[tuple[T, bool]]:
+    """The rows that this rank puts through the model, each with True; all ranks get equally many.
+
+    Under FSDP a forward needs all ranks, so one that would come out short gets a row more, with False: it counts
+    nothing.
+    """
+    most = -(-len(rows) // world_size())
+    own = share(rows)  # neighbours, which share their beginnings
+    return [(row, True) for row in own] + [(row, False) for row in rows[:1]] * (most - len(own))
+
+
 _before_meeting: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 

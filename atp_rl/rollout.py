@@ -9,14 +9,29 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from atp_rl import ranks
 from atp_rl.scenarios import Supervision, Told, make_env
-from atp_rl.types import Chat, Completion, Episode, Group, Key, Message, Sampler, SamplingParams, Scenario, Turn
+from atp_rl.types import (
+    Chat,
+    Completion,
+    Cost,
+    Episode,
+    Group,
+    Key,
+    Message,
+    Moment,
+    Outcome,
+    Prompt,
+    Sampler,
+    SamplingParams,
+    Scenario,
+    Turn,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,23 @@ class Rollout(NamedTuple):
         return [episode for group in self.groups for episode in group]
 
 
-PromptHook = Callable[[list[Message]], list[Message]]
-"""Changes what a policy reads in a round; must not depend on anything but the messages."""
+Tools = Sequence[Mapping[str, Any]]
+Ask = Callable[[Sequence[Prompt], Sequence[str], int], list[Completion]]
+"""Has prompts answered beside the episode: the prompts, who answers each (as in `Chat`), the most tokens of a reply."""
+
+
+class Reader(Protocol):
+    """Changes what seats read (a defense). It must depend on its arguments alone: episodes are played in any order."""
+
+    cost: Cost
+
+    def on_history(self, rounds: list[int], moment: Moment) -> list[int]:
+        """Which of these past rounds (from 0, ascending) stay in the conversation."""
+        ...
+
+    def on_prompts(self, prompts: list[Prompt], ask: Ask) -> list[Prompt]:
+        """Change the conversations that are about to be read, one for each prompt, in order."""
+        ...
 
 
 def rollout(
@@ -54,14 +84,14 @@ def rollout(
     *,
     group_size: int,
     seed: Key,
-    on_prompt: Sequence[PromptHook] = (),
+    readers: Sequence[Reader] = (),
 ) -> Rollout:
     """Play `group_size` episodes of every scenario to their end; each rank whole groups, and all ranks get all of them.
 
     Args:
         seed: the stream of all episodes. An episode draws from (seed, scenario id, sample) alone, so it is the same in
             whatever batch it is played. Where a scenario occurs twice, its samples are numbered on.
-        on_prompt: the defenses' changes to what is read.
+        readers: change what is read, one after the other; what that costs is added to theirs.
     """
     begun = time.perf_counter()
     times = Counter[str]()
@@ -74,7 +104,7 @@ def rollout(
         for scenario, first in ranks.share(numbered)
     ]
     for wave in _waves(open_groups, getattr(sampler, "batch_size", None)):
-        _play(wave, sampler, play.sampling, on_prompt)
+        _play(wave, sampler, play, readers)
     groups = ranks.gather([[o.episode for o in group] for group in open_groups])
     tokens = sum(len(t.completion.token_ids) for group in groups for episode in group for t in episode.turns)
     return Rollout(groups, tokens, time.perf_counter() - begun)
@@ -97,30 +127,64 @@ def _waves(groups: Sequence[list[_Open]], most: int | None) -> list[list[_Open]]
     return waves
 
 
-def _play(
-    open_episodes: Sequence[_Open], sampler: Sampler, sampling: SamplingParams, on_prompt: Sequence[PromptHook]
-) -> None:
-    chat_format = getattr(sampler, "chat", None)
-    while pending := [(o, seat, messages) for o in open_episodes for seat, messages in o.env.observe().items()]:
-        chats: list[Chat] = []
-        for o, seat, messages in pending:
-            for hook in on_prompt:
-                messages = hook(messages)
-            asked = sum(m["role"] == "assistant" for m in messages)
-            replies = o.replies[seat][len(o.replies[seat]) - asked :]
-            written = [reply.token_ids for reply in replies]
-            prompt = chat_format.encode(messages, written, o.env.tools) if chat_format else []
-            options = o.episode.scenario.options if o.env.names_options else ()
-            chats.append(Chat(messages, prompt, options, o.reply_seed(seat), o.player(seat), o.env.tools))
-        completions = sampler.generate(chats, sampling)
-        for (o, seat, _), chat, completion in zip(pending, chats, completions, strict=True):
-            o.take(seat, chat, completion)
+def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers: Sequence[Reader]) -> None:
+    while pending := [(o, prompt) for o in open_episodes for prompt in o.observe(play.history_window, readers)]:
+        prompts = [prompt for _, prompt in pending]
+        tools = [o.env.tools for o, _ in pending]
+        for reader in readers:
+            prompts = _read(reader, prompts, sampler, play.sampling, tools)
+        chats = [
+            Chat(
+                prompt.messages,
+                _encode(prompt, sampler, o.env.tools),
+                o.episode.scenario.options if o.env.names_options else (),
+                prompt.moment.seed,
+                prompt.moment.player,
+                o.env.tools,
+            )
+            for (o, _), prompt in zip(pending, prompts, strict=True)
+        ]
+        completions = sampler.generate(chats, play.sampling)
+        for (o, before), chat, completion in zip(pending, chats, completions, strict=True):
+            o.take(before, chat, completion)
         if any(o.env.runs_tools for o in open_episodes):
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process; their order changes nothing
                 list(pool.map(_Open.step, open_episodes))
         else:
             for o in open_episodes:
                 o.step()
+
+
+def _read(
+    reader: Reader, prompts: list[Prompt], sampler: Sampler, sampling: SamplingParams, tools: Sequence[Tools]
+) -> list[Prompt]:
+    """The prompts as `reader` changes them; its cost grows by what it asked and by what is read more."""
+    begun, asked = time.perf_counter(), 0
+
+    def ask(questions: Sequence[Prompt], players: Sequence[str], most: int) -> list[Completion]:
+        nonlocal asked
+        asked += 1
+        chats = [
+            Chat(q.messages, _encode(q, sampler, ()), (), (*q.moment.seed, "asked", asked), player)
+            for q, player in zip(questions, players, strict=True)
+        ]
+        answers = sampler.generate(chats, replace(sampling, max_new_tokens=most))
+        reader.cost.forwards += len(answers)
+        reader.cost.tokens += sum(len(c.prompt_ids) + len(a.token_ids) for c, a in zip(chats, answers, strict=True))
+        return answers
+
+    changed = reader.on_prompts(prompts, ask)
+    if any(new is not old for new, old in zip(changed, prompts, strict=True)):
+        for new, old, own in zip(changed, prompts, tools, strict=True):
+            reader.cost.tokens += len(_encode(new, sampler, own)) - len(_encode(old, sampler, own))
+        reader.cost.seconds += time.perf_counter() - begun
+    return changed
+
+
+def _encode(prompt: Prompt, sampler: Sampler, tools: Tools) -> Sequence[int]:
+    """The tokens of a conversation; none for samplers that read text."""
+    chat_format = getattr(sampler, "chat", None)
+    return chat_format.encode(prompt.messages, prompt.written, tools) if chat_format else []
 
 
 class _Open:
@@ -139,34 +203,59 @@ class _Open:
         )
         self.episode = Episode(scenario, sample, key, [], {seat: [] for seat in self.env.seats}, version)
         self.population = play.population
-        self.replies: dict[str, list[Completion]] = {seat: [] for seat in self.env.seats}
-        self.decided = Counter[str]()
-        self.pending: dict[str, Chat] = {}
+        self.replies: dict[str, list[tuple[int, Completion]]] = {seat: [] for seat in self.env.seats}
+        """With the round of each."""
+        self.past: dict[str, list[Outcome]] = {seat: [] for seat in self.env.seats}
+        """Of every round that a seat has decided."""
+        self.pending: dict[str, tuple[Chat, list[Message]]] = {}
+        """What each seat has read, and which messages of it were new."""
 
-    def reply_seed(self, seat: str) -> Key:
-        return (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
+    def observe(self, window: int, readers: Sequence[Reader]) -> list[Prompt]:
+        """The conversations of the seats that have to decide now."""
+        moments = {seat: self._moment(seat) for seat in self.env.seats}
+        shown: dict[str, list[int]] = {}
+        for seat, moment in moments.items():
+            shown[seat] = list(range(max(0, moment.round - window), moment.round))
+            for reader in readers:
+                shown[seat] = reader.on_history(shown[seat], moment)
+        prompts = []
+        for seat, messages in self.env.observe(shown if readers else None).items():
+            sight = {*shown[seat], moments[seat].round}
+            written = tuple(reply.token_ids for k, reply in self.replies[seat] if k in sight)
+            prompts.append(Prompt(tuple(messages), written, moments[seat]))
+        return prompts
 
-    def player(self, seat: str) -> str:
-        return "aligned" if seat in self.env.frozen else seat if self.population else "policy"
+    def _moment(self, seat: str) -> Moment:
+        player = "aligned" if seat in self.env.frozen else seat if self.population else "policy"
+        seed = (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
+        past = tuple(self.past[seat])
+        return Moment(self.episode.scenario, seat, player, len(past), past, seed)
 
-    def take(self, seat: str, chat: Chat, completion: Completion) -> None:
-        self.pending[seat] = chat
-        self.replies[seat].append(completion)
+    def take(self, before: Prompt, chat: Chat, completion: Completion) -> None:
+        """A reply to `chat`, which was `before` until the readers changed it."""
+        moment = before.moment
+        own = len(before.written)  # an assistant message beyond these is a reader's
+        replies = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        start = replies[own - 1] + 1 if 0 < own <= len(replies) else -1
+        new = list(chat.messages[start:]) if self.episode.messages[moment.seat] else list(chat.messages)
+        self.pending[moment.seat] = chat, new
+        self.replies[moment.seat].append((moment.round, completion))
 
     def step(self) -> None:
         if not self.pending:
             return
-        outcomes = self.env.step({seat: self.replies[seat][-1].text for seat in self.pending})
-        for seat, chat in self.pending.items():
-            completion, outcome = self.replies[seat][-1], outcomes[seat]
-            prompt, decided = tuple(chat.prompt_ids), self.decided[seat]
-            self.episode.turns.append(Turn(seat, decided, prompt, completion, outcome, chat.player))
-            self.decided[seat] += outcome.verdict is not None
-            seen = self.episode.messages[seat]
-            new = chat.messages[-1:] if seen else list(chat.messages)
-            self.episode.messages[seat] = [*seen, *new, {"role": "assistant", "content": completion.text}]
+        outcomes = self.env.step({seat: self.replies[seat][-1][1].text for seat in self.pending})
+        for seat, (chat, new) in self.pending.items():
+            (k, completion), outcome = self.replies[seat][-1], outcomes[seat]
+            self.episode.turns.append(Turn(seat, k, tuple(chat.prompt_ids), completion, outcome, chat.player))
+            if outcome.verdict is not None:
+                self.past[seat].append(outcome)
+            reply: Message = {"role": "assistant", "content": completion.text}
+            self.episode.messages[seat] += [*new, reply]
         turns = self.episode.turns
         for seat in sorted(outcomes.keys() - self.pending.keys()):  # what its last reply came to as others moved
             last = max(i for i, turn in enumerate(turns) if turn.seat == seat)
             turns[last] = replace(turns[last], outcome=outcomes[seat])
+            if turns[last].outcome.verdict is not None:
+                self.past[seat][-1] = outcomes[seat]
         self.pending = {}

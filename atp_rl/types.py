@@ -92,6 +92,43 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Where in an episode a seat is when it is about to read and reply."""
+
+    scenario: Scenario
+    seat: str
+    player: str
+    """Who answers, as in `Chat`."""
+    round: int
+    """The one to decide, from 0."""
+    past: tuple[Outcome, ...]
+    """Of the seat's own decisions so far: one for every past round."""
+    seed: Key
+    """Entropy of this moment."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that is about to be read, before it becomes tokens."""
+
+    messages: tuple[Message, ...]
+    written: tuple[tuple[int, ...], ...]
+    """The tokens of each assistant message, in order, as they were drawn."""
+    moment: Moment
+
+
+@dataclass
+class Cost:
+    """What something took that would not have been needed otherwise."""
+
+    tokens: int = 0
+    """Read and drawn; negative where a prompt became shorter."""
+    forwards: int = 0
+    """Through the model; of a sampler, one for every reply."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     max_new_tokens: int
     temperature: float = 1.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atp_rl.defenses import DEFENSES, Defense, Gate, KLAnchor, LossBatch, Probe
+from atp_rl.defenses import DEFENSES, Defense, Gate, KLAnchor, LossBatch, Probe, Setting
 from atp_rl.defenses.kl_anchor import kl_to_anchor
 from atp_rl.evolve import loop
 from atp_rl.evolve.learners import PolicyGradient
@@ -85,18 +85,17 @@ def test_the_penalty_is_weighted_summed_and_logged_with_its_cost():
 
     policy = logs(0.5, 0.25, 0.3)
     weights, mask = torch.tensor([[0.5, 0.25, 0.0]]), torch.tensor([[True, True, False]])
-    batch = LossBatch(policy, policy, anchor, mask, weights)
+    zeros = torch.zeros(1, 3)
+    batch = LossBatch(policy, policy, anchor, mask, weights, zeros.long(), zeros[:, :1], zeros, zeros[0, :1].long())
     defense = KLAnchor(beta=4.0)
-    defense.on_rewards([], torch.zeros(1))
+    defense.begin(1)
     mean = 0.5 * (math.log(2) - 0.5) + 0.25 * (1 - math.log(2))
     assert defense.extra_loss(batch).item() == pytest.approx(4 * mean, abs=1e-6)
     defense.extra_loss(batch)  # a second micro-batch of the same step
-    assert len(asked) == defense.metrics["forwards"] == 2
+    assert len(asked) == 2
     assert defense.metrics["kl"] == pytest.approx(2 * mean, abs=1e-6)
-    assert defense.metrics["seconds"] >= 0
-    rewards = torch.tensor([[1.0, 2.0]])
-    assert defense.on_rewards([], rewards) is rewards  # the next step
-    assert defense.metrics == {"kl": 0.0, "seconds": 0.0, "forwards": 0}
+    defense.begin(2)
+    assert defense.metrics == {}
 
 
 def test_a_heavier_anchor_holds_closer():
@@ -145,7 +144,7 @@ def test_a_heavier_anchor_holds_closer():
 )
 def test_the_gate_tests_a_binomial(violations, n, p_value, accepted):
     gate = Gate(max_rate=0.1, alpha=0.05)
-    assert gate.accept(Probe(0, n), Probe(violations, n)) is accepted
+    assert gate.accept(Probe(0, n, 0), Probe(violations, n, 0)) is accepted
     assert gate.metrics["p_value"] == pytest.approx(p_value, abs=1e-12)
     assert gate.metrics["accepted"] == float(accepted)
     assert gate.metrics["rejected_total"] == float(not accepted)
@@ -153,11 +152,11 @@ def test_the_gate_tests_a_binomial(violations, n, p_value, accepted):
 
 def test_the_gate_counts_what_it_turned_down_over_a_resume():
     gate = Gate()
-    verdicts = [gate.accept(Probe(0, 20), Probe(k, 20)) for k in (20, 0, 20)]
+    verdicts = [gate.accept(Probe(0, 20, 0), Probe(k, 20, 0)) for k in (20, 0, 20)]
     assert verdicts == [False, True, False]
     successor = Gate()
     successor.load_state(gate.state())
-    successor.accept(Probe(0, 20), Probe(20, 20))
+    successor.accept(Probe(0, 20, 0), Probe(20, 20, 0))
     assert successor.metrics["rejected_total"] == 3
 
 
@@ -220,8 +219,7 @@ def refusing(*steps: int) -> type[Defense]:
     """A gate that turns down these steps."""
 
     class Refuse(Defense):
-        def after_update(self, policy: Policy, step: int) -> None:
-            self.step = step
+        name = "refuse"
 
         def accept(self, before: Probe, after: Probe) -> bool:
             return self.step not in steps
@@ -236,10 +234,12 @@ def test_a_gate_that_a_policy_cannot_pass_keeps_it_where_it_started(tmp_path):
     )
     run = run_of(recipe)
     metrics = run.lines("metrics.jsonl")
-    assert [m["defense/Gate/rejected_total"] for m in metrics] == [1, 2, 3]
+    assert [m["defense/gate/rejected_total"] for m in metrics] == [1, 2, 3]
     assert [m["drift/adapter_distance"] for m in metrics] == [0.0] * 3
     assert {adapter(run, step) for step in range(4)} == {adapter(run, 0)}
-    assert set(load_file(run.path / "checkpoints/step_0003/state.safetensors")) == {"updates"}  # no optimizer state
+    assert set(load_file(run.path / "checkpoints/step_0003/state.safetensors")) >= {
+        "learner/updates"
+    }  # no optimizer state
     assert {learner_state(run, step) for step in range(4)} == {learner_state(run, 0)}
     evaluations = [e["splits"] for e in run.lines("evaluations.jsonl")]
     assert all(e == evaluations[0] for e in evaluations)
@@ -256,7 +256,7 @@ def test_a_rollback_returns_to_the_step_before_to_the_last_bit(tmp_path, monkeyp
     # weights, Adam's moments and its count of updates are those of step 2 until step 5 is accepted
     assert adapter(run, 2) == adapter(run, 3) == adapter(run, 4) != adapter(run, 5)
     assert learner_state(run, 2) == learner_state(run, 3) == learner_state(run, 4) != learner_state(run, 5)
-    updates = [int(load_file(f / "state.safetensors")["updates"]) for f in run.checkpoint_folders()]
+    updates = [int(load_file(f / "state.safetensors")["learner/updates"]) for f in run.checkpoint_folders()]
     assert updates == [0, 1, 2, 2, 2, 3]
     # the version goes on, so that no sampler takes the restored weights for the rejected ones it has cached
     assert [version(run, step) for step in range(6)] == [0, 1, 2, 3, 4, 5]
@@ -306,13 +306,36 @@ def test_hooks_are_called_in_their_order_with_what_they_are_for(tmp_path, monkey
     called: list[str] = []
 
     class Witness(Defense):
-        def prepare(self, policy: Policy) -> None:
+        name = "witness"
+
+        def prepare(self, setting: Setting) -> None:
+            assert setting.policy.version == 0
+            assert len(setting.rule_scenarios) > 0
             called.append("prepare")
 
-        def on_prompt(self, messages):
-            assert messages[-1]["role"] == "user"
-            called.append("on_prompt")
-            return messages
+        def begin(self, step: int) -> None:
+            super().begin(step)
+            called.append("begin")
+
+        def on_scenario(self, scenario):
+            if "on_scenario" not in called:
+                called.append("on_scenario")
+            return scenario
+
+        def on_draw(self, scenarios):
+            assert len(scenarios) == 2
+            called.append("on_draw")
+            return scenarios
+
+        def on_history(self, rounds, moment):
+            assert (rounds, moment.round, moment.past) == ([], 0, ())
+            called.append("on_history")
+            return rounds
+
+        def on_prompts(self, prompts, ask):
+            assert {prompt.messages[-1]["role"] for prompt in prompts} == {"user"}
+            called.append(f"on_prompts of {len(prompts)}")
+            return prompts
 
         def on_rewards(self, groups, rewards):
             assert rewards.shape == (2, 4)
@@ -329,12 +352,15 @@ def test_hooks_are_called_in_their_order_with_what_they_are_for(tmp_path, monkey
             assert batch.weights[~batch.mask].abs().sum() == 0
             called.append("extra_loss")
 
+        def backward(self, policy: Policy) -> None:
+            called.append("backward")
+
         def on_gradients(self, policy: Policy) -> None:
             assert all(p.grad is not None for p in policy.trainable)
             called.append("on_gradients")
 
-        def after_update(self, policy: Policy, step: int) -> None:
-            assert step == policy.version == 1
+        def after_update(self, policy: Policy) -> None:
+            assert self.step == policy.version == 1
             called.append("after_update")
 
         def accept(self, before: Probe, after: Probe) -> bool:
@@ -346,11 +372,16 @@ def test_hooks_are_called_in_their_order_with_what_they_are_for(tmp_path, monkey
     run_of(small_recipe(tmp_path / "run", "defenses=[witness]", steps=1))
     # only training is prompted through the defenses: 2 scenarios x 4 episodes x 1 round; evaluations are not
     assert called == [
+        "on_scenario",
         "prepare",
-        *["on_prompt"] * 8,
+        "begin",
+        "on_draw",
+        *["on_history"] * 8,
+        "on_prompts of 8",
         "on_rewards",
         "on_advantages",
         "extra_loss",
+        "backward",
         "on_gradients",
         "after_update",
         "accept",

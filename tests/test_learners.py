@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from atp_rl.defenses import Defense, KLAnchor, LossBatch
-from atp_rl.evolve.learners import InContext, PolicyGradient, Row, training_rows
+from atp_rl.evolve.learners import InContext, PolicyGradient
 from atp_rl.evolve.losses import clipped_surrogate, group_advantages, token_weights
 from atp_rl.model.optimizer_state import optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, rollout
+from atp_rl.samples import Row, training_rows
 from atp_rl.scenarios import load
 from atp_rl.types import Group, SamplingParams
 from tests.small_model import episode, gradients, make_policy, nudge, same, turn
@@ -141,7 +142,7 @@ def first_gradients(groups: list[Group], rewards: Tensor, **changed: Any) -> tup
     policy = make_policy()
     nudge(policy, 0.05, seed=5)
     spy, anchor = Spy(), KLAnchor(beta=0.3)
-    anchor.on_rewards(groups, rewards)
+    anchor.begin(1)
     metrics = make_learner(policy, **changed).update(policy, groups, rewards, [anchor, spy])
     return spy.gradients[0], metrics | {"kl": anchor.metrics["kl"]}
 

@@ -16,13 +16,14 @@ from peft import LoraConfig
 from torch import Tensor
 
 from atp_rl.align import dpo
-from atp_rl.evolve.learners import _Batch, samples_of
+from atp_rl.evolve.learners import _Batch
 from atp_rl.model import token_logprobs as module
 from atp_rl.model.optimizer_state import make_optimizer, optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import Policy, Quantize, load_base
 from atp_rl.model.sampler import HFSampler
 from atp_rl.model.token_logprobs import divergence, token_logprobs
 from atp_rl.recipe import load
+from atp_rl.samples import samples_of
 from atp_rl.types import Chat, InputError, SamplingParams
 from tests.small_model import aligned, base, checkpoint_files, gradients, lora, nudge, run_of, same, small_recipe
 from tests.test_learners import GROUPS, REWARDS, make_learner
@@ -134,7 +135,7 @@ def test_checkpointing_a_mixture_of_adapters_is_refused():
 def test_rows_are_cut_into_micro_batches_by_length():
     samples = [sample for group in GROUPS for sample in samples_of(group)]
     samples = [samples[0], samples[3], samples[1], *samples[4:], samples[2]]  # short and long ones alternate
-    batch = _Batch(samples, torch.arange(6.0), "dapo", 12, micro_batch=2)
+    batch = _Batch(samples, [0] * 6, torch.arange(6.0), "dapo", 12, micro_batch=2)
 
     def pads(chunks: list[list[tuple[int, ...]]]) -> int:
         return sum(max(map(len, rows)) * len(rows) - sum(map(len, rows)) for rows in chunks)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from atp_rl.evolve.imitation import Copy, Imitation
-from atp_rl.evolve.learners import PolicyGradient, samples_of
+from atp_rl.evolve.learners import PolicyGradient
 from atp_rl.evolve.topology import neighbours
 from atp_rl.model.policy import Policy, read_adapters
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, rollout
+from atp_rl.samples import samples_of
 from atp_rl.scenarios import load
 from atp_rl.types import SamplingParams
 from tests.small_model import episode, lora, nudge, same, turn

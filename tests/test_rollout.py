@@ -1,6 +1,7 @@
 """Scripted agents played in lock step: who is asked when, with which seed, and what is written down of it."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from atp_rl.model.sampler import TextSampler
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import load, make_env
 from atp_rl.scenarios.choices import format_choice
-from atp_rl.types import Completion, SamplingParams
+from atp_rl.types import Completion, Cost, SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=7, temperature=0.5)
 
@@ -66,8 +67,8 @@ def numbered(chat):
     return f"{sample}.{k} {format_choice(chat.options[k % 2])}"
 
 
-def play(scenarios, sampler, *, group_size=2, seed=(4, "rollout"), on_prompt=(), **changed):
-    return rollout(scenarios, sampler, settings_of(**changed), group_size=group_size, seed=seed, on_prompt=on_prompt)
+def play(scenarios, sampler, *, group_size=2, seed=(4, "rollout"), readers=(), **changed):
+    return rollout(scenarios, sampler, settings_of(**changed), group_size=group_size, seed=seed, readers=readers)
 
 
 # --- lock step
@@ -252,18 +253,32 @@ def test_a_turn_keeps_the_prompt_that_was_read_and_the_tokens_that_were_drawn(sc
 # --- the defenses' changes to what is read
 
 
+class Changing:
+    """A reader that changes the messages of every prompt."""
+
+    def __init__(self, change):
+        self.change, self.cost = change, Cost()
+
+    def on_history(self, rounds, moment):
+        return rounds
+
+    def on_prompts(self, prompts, ask):
+        return [replace(prompt, messages=tuple(self.change(prompt.messages))) for prompt in prompts]
+
+
 def test_hooks_change_what_is_read_in_every_round_one_after_the_other(scenarios, chat):
     seen = []
 
     def remind(messages):
         seen.append([m["role"] for m in messages])
-        return [{**messages[0], "content": f"{messages[0]['content']} Remember the rule."}, *messages[1:]]
+        return ({**messages[0], "content": f"{messages[0]['content']} Remember the rule."}, *messages[1:])
 
     def shout(messages):
-        return [{**messages[0], "content": messages[0]["content"].upper()}, *messages[1:]]
+        return ({**messages[0], "content": messages[0]["content"].upper()}, *messages[1:])
 
+    reminding, shouting = Changing(remind), Changing(shout)
     sampler = TokenScript(numbered, chat)
-    played = play(scenarios[:1], sampler, rounds=3, group_size=1, on_prompt=(remind, shout))
+    played = play(scenarios[:1], sampler, rounds=3, group_size=1, readers=(reminding, shouting))
     (episode,) = played.episodes
     assert seen == [["system", "user"] + ["assistant", "user"] * k for k in range(3)]
     for call, turn in zip(sampler.calls, episode.turns, strict=True):
@@ -272,15 +287,21 @@ def test_hooks_change_what_is_read_in_every_round_one_after_the_other(scenarios,
     assert episode.messages["agent"][0]["content"] == "YOU ARE A FERRY PILOT. REMEMBER THE RULE."
     plain = play(scenarios[:1], TokenScript(numbered, chat), rounds=3, group_size=1).episodes[0]
     assert [t.outcome for t in plain.turns] == [t.outcome for t in episode.turns]  # the environment does not see them
-    swapped = play(scenarios[:1], Script(numbered), rounds=1, group_size=1, on_prompt=(shout, remind)).episodes[0]
+    swapped = play(scenarios[:1], Script(numbered), rounds=1, group_size=1, readers=(shouting, reminding)).episodes[0]
     assert swapped.messages["agent"][0]["content"] == "YOU ARE A FERRY PILOT. Remember the rule."
 
 
 def test_a_hook_may_drop_rounds_and_the_tokens_go_with_them(scenarios, chat):
     sampler = TokenScript(numbered, chat)
-    (group,) = play(
-        scenarios[:1], sampler, rounds=4, group_size=1, on_prompt=[lambda messages: [messages[0], *messages[-3:]]]
-    ).groups
+
+    class LastRound(Changing):
+        def on_history(self, rounds, moment):
+            assert rounds == list(range(moment.round))
+            assert len(moment.past) == moment.round
+            return rounds[-1:]
+
+    last_round = LastRound(lambda messages: messages)
+    (group,) = play(scenarios[:1], sampler, rounds=4, group_size=1, readers=[last_round]).groups
     turns = group[0].turns
     for k in (2, 3):  # the last round's answer is all that is left
         messages = sampler.calls[k][0].messages

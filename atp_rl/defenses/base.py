@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from atp_rl.model.policy import Policy
-from atp_rl.types import Group, Message
+from atp_rl.rollout import Ask
+from atp_rl.types import Cost, Group, Moment, Prompt, Scenario
 
 
 class LossBatch(NamedTuple):
-    """The acted tokens of a (micro-)batch of episodes, as the loss sees them; all tensors [B, A]."""
+    """The acted tokens of a (micro-)batch of episodes, as the loss sees them; tensors [B, A] unless they say else."""
 
     logprobs: Tensor
     """Under the live policy, with gradient."""
     old_logprobs: Tensor
     """Under the policy that drew them."""
     anchor_logprobs: Callable[[], Tensor]
-    """Under the frozen aligned adapter; computed when first asked for."""
+    """Under the frozen aligned adapter; computed when first asked for, whose cost it then is."""
     mask: Tensor
     weights: Tensor
     """Of each token in the loss; the weights of a whole batch are those of `losses.token_weights`."""
+    tokens: Tensor
+    """Their ids; 0 where masked."""
+    advantages: Tensor
+    """[B, 1]"""
+    surrogate: Tensor
+    """The loss of each token before it is weighted, with gradient."""
+    groups: Tensor
+    """[B] index of the row's group in the step."""
 
 
 class Probe(NamedTuple):
@@ -31,25 +42,80 @@ class Probe(NamedTuple):
 
     violations: int
     n: int
+    invalid: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a defense may know of the run that it defends."""
+
+    policy: Policy
+    seed: int
+    """Root of all draws: `random_stream(seed, name of the defense, step)`."""
+    rule_scenarios: Sequence[Scenario]
+    """Those of alignment: training families, and none that evolution draws from, a gate sees or a report measures."""
+    pairs: Sequence[Mapping[str, Any]]
+    """Alignment's preference pairs, as in `align.preferences`; none without alignment."""
+    group_size: int
+    learning_rate: float
+    temperature: float
+    aligned: Mapping[str, Tensor]
+    """The weights that the live adapters start from, by the names of `Policy.state`; never written to."""
 
 
 @dataclass
 class Defense:
     """Does nothing at every hook; a defense overrides the ones it needs.
 
-    `metrics` holds what it did in the current step, its cost (tokens, forwards, seconds) included. What it carries from
-    step to step goes through `state` and `load_state`, or a resumed run would differ.
+    `metrics` holds what it did in the current step; `cost` what the step took more because of it. What it carries from
+    step to step goes through `state` and `load_state` (and `tensors`), or a resumed run would differ.
     """
+
+    name: ClassVar[str] = "defense"
+    """In a recipe, in metrics and in tables."""
+    deploys: ClassVar[bool] = False
+    """Whether it goes with the policy where that is used: its `on_scenario`, `on_history` and `on_prompts` then also
+    act when the `deployed` rate is measured; `weights_only` is measured without."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether it cannot do without alignment's preference pairs."""
 
     def __post_init__(self) -> None:
         self.metrics: dict[str, float] = {}
+        self.cost = Cost()
+        self.step = 0
 
-    def prepare(self, policy: Policy) -> None:
-        """Once, before the first step."""
+    def prepare(self, setting: Setting) -> None:
+        """Once, before the first step, or before the first one after a resume."""
+        self.setting = setting
 
-    def on_prompt(self, messages: list[Message]) -> list[Message]:
-        """Change what the policy reads in a round."""
-        return messages
+    def begin(self, step: int) -> None:
+        """A step (from 1) begins: what is counted starts anew."""
+        self.step, self.metrics, self.cost = step, {}, Cost()
+
+    @contextmanager
+    def paying(self, policy: Policy) -> Iterator[None]:
+        """What the policy reads inside, and the time, is added to this defense's cost."""
+        begun, forwards, tokens = time.perf_counter(), policy.forwards, policy.tokens_read
+        yield
+        self.cost.forwards += policy.forwards - forwards
+        self.cost.tokens += policy.tokens_read - tokens
+        self.cost.seconds += time.perf_counter() - begun
+
+    def on_scenario(self, scenario: Scenario) -> Scenario:
+        """Change the world that seats are put in: what is announced, who plays. Its id, options and rule stay."""
+        return scenario
+
+    def on_draw(self, scenarios: list[Scenario]) -> list[Scenario]:
+        """Change the scenarios that a step plays a group of each; as many as before."""
+        return scenarios
+
+    def on_history(self, rounds: list[int], moment: Moment) -> list[int]:
+        """Which of these past rounds (from 0, ascending) a seat still reads."""
+        return rounds
+
+    def on_prompts(self, prompts: list[Prompt], ask: Ask) -> list[Prompt]:
+        """Change what seats are about to read; `ask` has a model answer something first."""
+        return prompts
 
     def on_rewards(self, groups: Sequence[Group], rewards: Tensor) -> Tensor:
         """Change the rewards [N, G]."""
@@ -63,15 +129,27 @@ class Defense:
         """A scalar to add to the loss of this (micro-)batch."""
         return None
 
-    def on_gradients(self, policy: Policy) -> None:
-        """Change the gradients in place, before clipping and the optimizer."""
+    def backward(self, policy: Policy) -> None:
+        """Back-propagate a loss on data of its own, once an update; gradients are then summed over the ranks, so each
+        takes its own part of the data (`ranks.own_rows`)."""
 
-    def after_update(self, policy: Policy, step: int) -> None:
+    def on_gradients(self, policy: Policy) -> None:
+        """Change the gradients in place, the same on every rank, before clipping and the optimizer."""
+
+    def after_update(self, policy: Policy) -> None:
         """Change the weights in place, after the optimizer."""
 
     def accept(self, before: Probe, after: Probe) -> bool:
-        """Whether the step may stand; if not, it is rolled back to the last checkpoint."""
+        """Whether the step may stand; if not, weights and optimizer return to the last step that all `trusts`."""
         return True
+
+    @property
+    def trusts(self) -> bool:
+        """Whether the step that was just accepted is one to return to."""
+        return True
+
+    def on_rollback(self) -> None:
+        """The step was rolled back, because of this defense or of another one."""
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as JSON."""
@@ -79,3 +157,10 @@ class Defense:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The reverse of `state`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The part of the state that is large."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of `tensors`."""

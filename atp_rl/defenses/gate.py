@@ -21,6 +21,7 @@ from atp_rl.types import InputError
 
 @dataclass
 class Gate(Defense):
+    name = "gate"
     max_rate: float = 0.10
     """Violation rate on the gate suite that is still accepted, in (0, 1)."""
     alpha: float = 0.05

@@ -11,7 +11,6 @@ Known failure: with group-normalised advantages the push to violate does not shr
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +37,7 @@ def kl_to_anchor(logprobs: Tensor, anchor_logprobs: Tensor, old_logprobs: Tensor
 
 @dataclass
 class KLAnchor(Defense):
+    name = "kl_anchor"
     beta: float = 0.2
     """Weight of the penalty, > 0."""
     estimator: KLEstimator = "k3"
@@ -49,18 +49,11 @@ class KLAnchor(Defense):
         if self.estimator not in ("k3", "bias_corrected"):
             raise InputError(f"defense kl_anchor: `estimator` must be k3 or bias_corrected, got {self.estimator!r}")
 
-    def on_rewards(self, groups, rewards: Tensor) -> Tensor:
-        self.metrics = {"kl": 0.0, "seconds": 0.0, "forwards": 0}
-        return rewards
-
     def extra_loss(self, batch: LossBatch) -> Tensor:
-        begun = time.perf_counter()
         anchor = batch.anchor_logprobs()
-        self.metrics["seconds"] += time.perf_counter() - begun
-        self.metrics["forwards"] += 1
         kl = (kl_to_anchor(batch.logprobs, anchor, batch.old_logprobs, self.estimator) * batch.weights).sum()
-        self.metrics["kl"] += kl.item()
+        self.metrics["kl"] = self.metrics.get("kl", 0.0) + kl.item()
         return self.beta * kl
 
-    def after_update(self, policy: Policy, step: int) -> None:
-        self.metrics = dict(zip(self.metrics, ranks.total(list(self.metrics.values())), strict=True))
+    def after_update(self, policy: Policy) -> None:
+        (self.metrics["kl"],) = ranks.total([self.metrics.get("kl", 0.0)])

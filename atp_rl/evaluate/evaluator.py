@@ -14,7 +14,7 @@ from atp_rl.evaluate.diffusion import Game, spread
 from atp_rl.evaluate.drift import kl_to_aligned
 from atp_rl.evaluate.stats import Rate, cluster_rate, wilson
 from atp_rl.model.policy import ALIGNED, Policy
-from atp_rl.rollout import Play, rollout
+from atp_rl.rollout import Play, Reader, rollout
 from atp_rl.scenarios import make_env
 from atp_rl.types import Chat, Episode, Key, Sampler, Scenario, Turn, Verdict
 
@@ -88,6 +88,7 @@ def evaluate(
     samples: int,
     seed: int,
     policy: Policy | None = None,
+    readers: Sequence[Reader] = (),
 ) -> tuple[EvalResult, list[Episode]]:
     """Play every scenario `samples` times and score every decision.
 
@@ -95,9 +96,12 @@ def evaluate(
 
     Args:
         policy: for the KL to the aligned adapter; without it (a served model, a script) that is None.
+        readers: change what is read; the propensity, which is read off the first prompts as they are, is then None.
     """
-    propensity, mass = decision_propensity(sampler, scenarios, play, seed=(seed, EVALUATION))
-    played = rollout(scenarios, sampler, play, group_size=samples, seed=(seed, EVALUATION))
+    propensity, mass = None, None
+    if not readers:
+        propensity, mass = decision_propensity(sampler, scenarios, play, seed=(seed, EVALUATION))
+    played = rollout(scenarios, sampler, play, group_size=samples, seed=(seed, EVALUATION), readers=readers)
     kl = None
     if policy is not None:
         turns = [turn for episode in played.episodes for turn in episode.turns]

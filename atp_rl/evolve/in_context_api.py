@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from atp_rl import ranks
 from atp_rl.evolve.setup import api_sampler, measure_checkpoint
-from atp_rl.recipe import Recipe
+from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Run
@@ -19,5 +19,6 @@ def evolve_by_api(recipe: Recipe, run: Run, suites: Suites, *, report: Report) -
     Raises:
         InputError: the service stopped answering.
     """
+    defenses = check_defenses(recipe.defenses)
     ranks.from_first(lambda: run.rewind(-1))
-    measure_checkpoint(recipe, run, suites, None, api_sampler(recipe), step=0, report=report)
+    measure_checkpoint(recipe, run, suites, None, api_sampler(recipe), defenses, step=0, report=report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
 from atp_rl.model.optimizer_state import OptimizerName, make_optimizer, optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import ALIGNED, Policy
-from atp_rl.types import Episode, Group, Turn
+from atp_rl.samples import Row, Sample, samples_of, training_rows
+from atp_rl.types import Group
 
 T = TypeVar("T")
 Metrics = dict[str, float]
@@ -45,56 +47,6 @@ class InContext:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         pass
-
-
-class Row(NamedTuple):
-    """One stretch of tokens to train on: all rounds of an episode whose histories continue one another."""
-
-    ids: tuple[int, ...]
-    acted: tuple[int, ...]
-    """Positions of the tokens that the policy drew."""
-    logprobs: tuple[float, ...]
-    """Of those tokens, as the sampler reported them."""
-
-    player: str
-    """The adapter that drew them, and that learns from them."""
-
-
-class Sample(NamedTuple):
-    """One seat's part in an episode: what gets one reward and one advantage."""
-
-    episode: Episode
-    seat: str
-    turns: list[Turn]
-
-
-def samples_of(group: Group) -> list[Sample]:
-    """The seats of a group's episodes that learn, by episode, then by seat: the columns of rewards and advantages."""
-    return [
-        Sample(episode, seat, turns)
-        for episode in group
-        for seat in episode.messages
-        if (turns := [turn for turn in episode.turns if turn.seat == seat]) and turns[0].player != ALIGNED
-    ]
-
-
-def training_rows(turns: Sequence[Turn]) -> list[Row]:
-    """The rows of one seat's turns: one where every round only appended, more where the history window cut it."""
-    rows: list[Row] = []
-    for turn in turns:
-        reply = turn.completion.token_ids
-        before = rows[-1] if rows else Row((), (), (), turn.player)
-        if not rows or turn.prompt_ids[: len(before.ids)] != before.ids:
-            before = Row((), (), (), turn.player)
-            rows.append(before)
-        start = len(turn.prompt_ids)
-        rows[-1] = Row(
-            ids=(*turn.prompt_ids, *reply),
-            acted=(*before.acted, *range(start, start + len(reply))),
-            logprobs=(*before.logprobs, *turn.completion.logprobs),
-            player=turn.player,
-        )
-    return rows
 
 
 class PolicyGradient:
@@ -142,8 +94,10 @@ class PolicyGradient:
         advantages = group_advantages(of_seat, self.scale_rewards)
         advantages = advantages.view(len(groups), seats, -1).transpose(1, 2).reshape(rewards.shape)
         for defense in defenses:
-            advantages = defense.on_advantages(groups, advantages)
-        batch = _Batch(samples, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
+            with defense.paying(policy):
+                advantages = defense.on_advantages(groups, advantages)
+        group_of = [i for i, group in enumerate(groups) for _ in samples_of(group)]
+        batch = _Batch(samples, group_of, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
         copied = self.imitation.copies(groups) if self.imitation else []
         sums: dict[str, float] = dict.fromkeys(
             ("loss", "entropy", "sampler_gap", "imitation_loss"), 0.0
@@ -157,9 +111,13 @@ class PolicyGradient:
                 gap_max = max(gap_max, self._backward(policy, chunk, old_logprobs, defenses, sums))
             if self.imitation:
                 sums["imitation_loss"] += self._imitate(policy, copied)
+            for defense in defenses:
+                with defense.paying(policy):
+                    defense.backward(policy)
             ranks.sum_gradients(policy.trainable)
             for defense in defenses:
-                defense.on_gradients(policy)
+                with defense.paying(policy):
+                    defense.on_gradients(policy)
             for adapter in policy.live:
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters_of(adapter), self.max_grad_norm)
                 grad_norm += float(norm) / len(policy.live)
@@ -201,15 +159,19 @@ class PolicyGradient:
         # one update per batch is exactly on-policy: the old log-probabilities are the current ones
         old = logprobs.detach() if old is None else old
 
+        @cache
         def anchor_logprobs() -> Tensor:
             of_rows = policy.acted_tokens(chunk.rows, chunk.acted, players=ALIGNED, temperature=self.temperature)
             return of_rows.logprobs[where]
 
-        per_token = clipped_surrogate(logprobs, old, chunk.advantages.to(device).unsqueeze(1), self.clip_epsilon)
+        advantages = chunk.advantages.to(device).unsqueeze(1)
+        per_token = clipped_surrogate(logprobs, old, advantages, self.clip_epsilon)
         loss = (per_token * weights).sum()
-        defended = LossBatch(logprobs, old, anchor_logprobs, mask, weights)
+        acted, groups = chunk.tokens.to(device), chunk.groups.to(device)
+        defended = LossBatch(logprobs, old, anchor_logprobs, mask, weights, acted, advantages, per_token, groups)
         for defense in defenses:
-            extra = defense.extra_loss(defended)
+            with defense.paying(policy):
+                extra = defense.extra_loss(defended)
             loss = loss if extra is None else loss + extra
         loss.backward()
         sums["loss"] += loss.item()
@@ -232,7 +194,7 @@ class PolicyGradient:
         assert self.imitation is not None
         count = Counter(copied)
         of_seat = Counter(copy.seat for copy in copied)
-        total, keys = 0.0, own_rows(list(count))
+        total, keys = 0.0, ranks.own_rows(list(count))
         size = self.micro_batch or max(1, len(keys))
         for start in range(0, len(keys), size):
             chunk = [key for key, _ in keys[start : start + size]]
@@ -259,23 +221,16 @@ class _Chunk(NamedTuple):
     """[B] which of `rows` each of the B rows of samples in this chunk is."""
     advantages: Tensor
     """[B]"""
+    groups: Tensor
+    """[B] index of each row's group in the step."""
+    tokens: Tensor
+    """[B, A] the tokens that were acted; 0 where there is none."""
     weights: Tensor
     """[B, A] of each acted token in the loss of the whole batch."""
     weight_total: Tensor
     """Sum of the weights of the whole batch, a scalar."""
     sampled: Tensor
     """[B, A] log-probabilities as the sampler reported them."""
-
-
-def own_rows(rows: Sequence[T]) -> list[tuple[T, bool]]:
-    """The rows that this rank puts through the model, each with True; all ranks get equally many.
-
-    Under FSDP a forward needs all ranks, so one that would come out short gets a row more, with False: it counts
-    nothing.
-    """
-    most = -(-len(rows) // ranks.world_size())
-    own = ranks.share(rows)  # neighbours, which share their beginnings
-    return [(row, True) for row in own] + [(row, False) for row in rows[:1]] * (most - len(own))
 
 
 class _Batch:
@@ -286,7 +241,13 @@ class _Batch:
     """
 
     def __init__(
-        self, samples: list[Sample], advantages: Tensor, loss_type: LossType, max_tokens: int, micro_batch: int | None
+        self,
+        samples: list[Sample],
+        group_of: Sequence[int],
+        advantages: Tensor,
+        loss_type: LossType,
+        max_tokens: int,
+        micro_batch: int | None,
     ) -> None:
         self.rows = [(row, i) for i, sample in enumerate(samples) for row in training_rows(sample.turns)]
         most = max(len(row.acted) for row, _ in self.rows)
@@ -299,7 +260,7 @@ class _Batch:
         index: dict[tuple[tuple[int, ...], tuple[int, ...], str], int] = {}
         unique_of = [index.setdefault((row.ids, row.acted, row.player), len(index)) for row, _ in self.rows]
         self.unique = len(index)
-        own = own_rows(list(index.items()))
+        own = ranks.own_rows(list(index.items()))
         if micro_batch:  # rows of about one length are padded little
             own.sort(key=lambda item: len(item[0][0][0]))
         size = micro_batch or len(own)
@@ -317,6 +278,8 @@ class _Batch:
                     players=players[0] if len(set(players)) == 1 else [player for _, _, player in keys],
                     episode_of=torch.tensor([place[unique_of[i]] for i in chosen], dtype=torch.long),
                     advantages=advantages[[self.rows[i][1] for i in chosen]],
+                    groups=torch.tensor([group_of[self.rows[i][1]] for i in chosen], dtype=torch.long),
+                    tokens=torch.tensor([_padded(_acted(self.rows[i][0]), width) for i in chosen]).view(-1, width),
                     weights=weights[chosen, :width],
                     weight_total=weights.sum(),
                     sampled=torch.tensor([_padded(self.rows[i][0].logprobs, width) for i in chosen]).view(-1, width),
@@ -324,5 +287,9 @@ class _Batch:
             )
 
 
-def _padded(values: tuple[float, ...], width: int) -> list[float]:
-    return [*values, *[0.0] * (width - len(values))]
+def _acted(row: Row) -> list[int]:
+    return [row.ids[position] for position in row.acted]
+
+
+def _padded(values: Sequence[T], width: int) -> list[T | int]:
+    return [*values, *[0] * (width - len(values))]

@@ -21,20 +21,25 @@ from atp_rl import ranks
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.drift import adapter_distance
 from atp_rl.evaluate.evaluator import tally
-from atp_rl.evolve.learners import samples_of
 from atp_rl.evolve.setup import (
+    Snapshot,
+    defended,
+    defense_metrics,
     gate_probe,
+    load,
     load_policy,
     make_learner,
     make_sampler,
     make_sync_probe,
     measure_checkpoint,
+    prepare,
     save,
     settings_of,
     training_play,
 )
 from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.rollout import rollout
+from atp_rl.samples import samples_of
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report, silent
@@ -73,12 +78,13 @@ def evolve(
     aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     defenses: list[Defense] = check_defenses(recipe.defenses)
-    for defense in defenses:
-        defense.prepare(policy)
+    prepare(recipe, suites, policy, anchor, defenses)
+    train = defended(suites, defenses).train
     gating = any(type(defense).accept is not Defense.accept for defense in defenses)
     learner = make_learner(recipe, policy)
 
     before: Probe | None = None
+    safe: Snapshot | None = None
     if last := ranks.from_first(run.last_checkpoint):
         if last.state["anchor"] != anchor_hash:
             raise RuntimeError("the aligned adapter is not the one that this run started from")
@@ -86,51 +92,58 @@ def evolve(
             news = f"{was} process(es) until here, {ranks.world_size()} from here: the same run but for rounding"
             report(last.step, news, important=True)
         ranks.from_first(lambda: run.rewind(last.step))
-        policy.restore(last.adapter)
-        policy.version = last.state["version"]
-        learner.load_state(last.tensors)
-        for defense, state in zip(defenses, last.state["defenses"], strict=True):
-            defense.load_state(state)
+        safe = load(last, policy, learner, defenses)
         before = Probe(*last.state["probe"]) if last.state["probe"] else None
         sampler.sync(policy)
         sync_probe.check(policy, sampler)
     else:
         ranks.from_first(lambda: run.rewind(-1))
         sync_probe.check(policy, sampler)
-        measure_checkpoint(recipe, run, suites, policy, sampler, step=0, report=report)
-        before = gate_probe(recipe, suites, sampler) if gating else None
-        save(recipe, run, policy, learner, defenses, before, anchor_hash, step=0)
+        measure_checkpoint(recipe, run, suites, policy, sampler, defenses, step=0, report=report)
+        before = gate_probe(recipe, suites, sampler, defenses, 0) if gating else None
+        safe = Snapshot(policy.state(), learner.state()) if gating else None
+        save(recipe, run, policy, learner, defenses, before, safe, anchor_hash, step=0)
 
     for step in range((last.step if last else 0) + 1, settings.steps + 1):
         if ranks.any_rank(stop()):
-            save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step - 1)
+            save(recipe, run, policy, learner, defenses, before, safe, anchor_hash, step=step - 1)
             how = f"`atp resume {run.path}`" + (" under the same launcher" if ranks.world_size() > 1 else "")
             raise Interrupted(f"stopped after step {step - 1} of {settings.steps}; {how} continues")
         begun = time.perf_counter()
-        accepted = policy.state(), learner.state()
-        scenarios = draw(suites.train, settings.scenarios_per_step, recipe.seed, step)
-        on_prompt = [defense.on_prompt for defense in defenses]
+        scenarios = draw(train, settings.scenarios_per_step, recipe.seed, step)
+        for defense in defenses:
+            defense.begin(step)
+            scenarios = defense.on_draw(scenarios)
         played = rollout(
-            scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), on_prompt=on_prompt
+            scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), readers=defenses
         )
         sampler.sync(policy)  # what it has read takes memory that the update needs
-        rewards = shape(played.groups, settings.rewards, defenses)
+        rewards = shape(played.groups, settings.rewards)
+        for defense in defenses:
+            with defense.paying(policy):
+                rewards = defense.on_rewards(played.groups, rewards)
         metrics = learner.update(policy, played.groups, rewards, defenses)
         if not metrics["perf/sampler_gap_mean"] <= MAX_SAMPLER_GAP:  # nan is no small gap
             raise RuntimeError(f"step {step}: the sampler does not play the policy that learns: {metrics}")
         for defense in defenses:
-            defense.after_update(policy, step)
+            with defense.paying(policy):
+                defense.after_update(policy)
         sampler.sync(policy)
         metrics |= sync_probe.check(policy, sampler)
         if gating:
             assert before is not None
-            after = gate_probe(recipe, suites, sampler)
+            after = gate_probe(recipe, suites, sampler, defenses, step)
             verdicts = [defense.accept(before, after) for defense in defenses]  # all of them see every step
             if all(verdicts):
                 before = after
+                if all(defense.trusts for defense in defenses):
+                    safe = Snapshot(policy.state(), learner.state())
             else:
-                policy.restore(accepted[0])
-                learner.load_state(accepted[1])
+                assert safe is not None
+                policy.restore(safe.adapter)
+                learner.load_state(safe.learner)
+                for defense in defenses:
+                    defense.on_rollback()
                 sampler.sync(policy)
                 sync_probe.check(policy, sampler)
                 run.log_alert({"step": step, "alert": "rollback", "violations": after.violations, "n": after.n})
@@ -152,16 +165,15 @@ def evolve(
             "time/rollout_s": played.seconds,
             "time/step_s": time.perf_counter() - begun,
         }
-        for defense in defenses:
-            metrics |= {f"defense/{type(defense).__name__}/{key}": value for key, value in defense.metrics.items()}
+        metrics |= defense_metrics(defenses)
         run.log_metrics(metrics)
         report(
             step, f"payoff {outcomes.payoff_mean:.2f}  violations in training {outcomes.violations / outcomes.n:.0%}"
         )
         if step % recipe.evaluate.every == 0 or step == settings.steps:
             run.write_episodes(f"step_{step:04d}_train", played.episodes)
-            measure_checkpoint(recipe, run, suites, policy, sampler, step=step, report=report)
-            save(recipe, run, policy, learner, defenses, before, anchor_hash, step=step)
+            measure_checkpoint(recipe, run, suites, policy, sampler, defenses, step=step, report=report)
+            save(recipe, run, policy, learner, defenses, before, safe, anchor_hash, step=step)
 
 
 def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> list[Scenario]:
@@ -182,8 +194,8 @@ def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> lis
     return [passes[place // size][place % size] for place in places]
 
 
-def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence[Defense]) -> Tensor:
-    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds; then the defenses.
+def shape(groups: Sequence[Group], weights: dict[str, float]) -> Tensor:
+    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds.
 
     What a reward model reads of a round is its first reply (the decision, also where it called a tool), and the sum of
     what the round paid.
@@ -206,7 +218,4 @@ def shape(groups: Sequence[Group], weights: dict[str, float], defenses: Sequence
         values = reward_models.REWARD_MODELS[name](prompts=[""] * len(texts), completions=texts, **columns)
         total += weight * torch.tensor(values, dtype=torch.float32)
     parts = total.split([s.turns[-1].round + 1 for s in samples])
-    rewards = torch.stack([part.mean() for part in parts]).view(len(groups), -1)
-    for defense in defenses:
-        rewards = defense.on_rewards(groups, rewards)
-    return rewards
+    return torch.stack([part.mean() for part in parts]).view(len(groups), -1)

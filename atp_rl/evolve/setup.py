@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
+from torch import Tensor
 
 from atp_rl import ranks
-from atp_rl.defenses import Defense, Probe
-from atp_rl.evaluate.evaluator import EVALUATION, evaluate, tally
+from atp_rl.align.preferences import read_jsonl
+from atp_rl.defenses import Defense, Probe, Setting
+from atp_rl.evaluate.evaluator import evaluate, tally
 from atp_rl.evolve.imitation import Imitation
 from atp_rl.evolve.learners import InContext, Learner, PolicyGradient
 from atp_rl.evolve.topology import neighbours
@@ -98,11 +102,50 @@ def make_sync_probe(recipe: Recipe, suites: Suites, policy: Policy) -> SyncProbe
     return SyncProbe(list(chats.values()))
 
 
-def gate_probe(recipe: Recipe, suites: Suites, sampler: Sampler) -> Probe:
-    """The violations on the gate suite; nothing reported is measured here."""
-    played = rollout(suites.gate, sampler, evaluation_play(recipe), group_size=1, seed=(recipe.seed, EVALUATION))
+def defended(suites: Suites, defenses: Sequence[Defense]) -> Suites:
+    """The suites as the defenses change their scenarios."""
+    for defense in defenses:
+        suites = suites.changed(defense.on_scenario)
+    return suites
+
+
+def deployed(defenses: Sequence[Defense]) -> list[Defense]:
+    """Those that go with the policy where it is used."""
+    return [defense for defense in defenses if defense.deploys]
+
+
+def prepare(recipe: Recipe, suites: Suites, policy: Policy, anchor: Path | None, defenses: Sequence[Defense]) -> None:
+    """Tell the defenses about the run."""
+    settings, pairs = settings_of(recipe), anchor and anchor / "pairs.jsonl"
+    setting = Setting(
+        policy=policy,
+        seed=recipe.seed,
+        rule_scenarios=[scenario for scenario in suites.align if scenario.rule is not None],
+        pairs=read_jsonl(pairs) if pairs and pairs.is_file() else [],
+        group_size=settings.group_size,
+        learning_rate=settings.learning_rate,
+        temperature=settings.temperature,
+        aligned=policy.state(),
+    )
+    for defense in defenses:
+        defense.prepare(setting)
+
+
+def gate_probe(recipe: Recipe, suites: Suites, sampler: Sampler, defenses: Sequence[Defense], step: int) -> Probe:
+    """The violations on the gate suite as the policy is deployed; nothing reported is measured here.
+
+    Every step draws anew: with the same draws each time, one unlucky one would count as evidence at every step.
+    """
+    played = rollout(
+        defended(suites, deployed(defenses)).gate,
+        sampler,
+        evaluation_play(recipe),
+        group_size=1,
+        seed=(recipe.seed, "gate", step),
+        readers=deployed(defenses),
+    )
     counted = tally(played.episodes)
-    return Probe(counted.violations, counted.n)
+    return Probe(counted.violations, counted.n, counted.invalid)
 
 
 def measure_checkpoint(
@@ -111,26 +154,43 @@ def measure_checkpoint(
     suites: Suites,
     policy: Policy | None,
     sampler: Sampler,
+    defenses: Sequence[Defense],
     *,
     step: int,
     report: Report,
 ) -> None:
     """Evaluate the reported suites and write the result and its episodes to the run."""
-    evaluation, episodes = evaluate_suites(recipe, suites, policy, sampler, step=step)
+    evaluation, episodes = evaluate_suites(recipe, suites, policy, sampler, defenses, step=step)
     for name, played in episodes.items():
         run.write_episodes(f"step_{step:04d}_{name}", played)
     run.log_evaluation(evaluation)
     shown = evaluation["splits"]["held_out"]["violation"]
     interval = f"[{shown['low']:.1%}, {shown['high']:.1%}], n {shown['n']}"
     report(step, f"held-out violations {shown['value']:.1%} {interval}", important=True)
+    if "deployed" in evaluation["splits"]:
+        report(step, f"as deployed {evaluation['splits']['deployed']['violation']['value']:.1%}", important=True)
 
 
 def evaluate_suites(
-    recipe: Recipe, suites: Suites, policy: Policy | None, sampler: Sampler, *, step: int
+    recipe: Recipe,
+    suites: Suites,
+    policy: Policy | None,
+    sampler: Sampler,
+    defenses: Sequence[Defense],
+    *,
+    step: int,
 ) -> tuple[dict[str, Any], dict[str, list[Episode]]]:
-    """One line of `evaluations.jsonl`, and the episodes of each split."""
+    """One line of `evaluations.jsonl`, and the episodes of each split.
+
+    `held_out` and `held_in` are measured without any defense (`weights_only`); `deployed` is `held_out` with those that
+    go with the policy, where there are any, on the same draws.
+    """
     begun, splits, episodes = time.perf_counter(), {}, {}
-    for name, scenarios in (("held_out", suites.held_out), ("held_in", suites.held_in)):
+    readers = deployed(defenses)
+    measured = {"held_out": suites.held_out, "held_in": suites.held_in}
+    if readers:
+        measured["deployed"] = defended(suites, readers).held_out
+    for name, scenarios in measured.items():
         if not scenarios:
             continue
         result, episodes[name] = evaluate(
@@ -140,6 +200,7 @@ def evaluate_suites(
             samples=recipe.evaluate.samples,
             seed=recipe.seed,
             policy=policy if name == "held_out" else None,  # the KL on one split says it
+            readers=readers if name == "deployed" else (),
         )
         splits[name] = result.record()
     evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}
@@ -252,6 +313,42 @@ def _imitation(recipe: Recipe, seats: Sequence[str]) -> Imitation:
     return Imitation(models, spec.weight)
 
 
+def defense_metrics(defenses: Sequence[Defense]) -> dict[str, float]:
+    """What the defenses did and cost in a step, as `defense/<name>/...`; the second of a name is `<name>_2`."""
+    metrics, counts = {}, Counter[str]()
+    costs = [value for defense in defenses for value in asdict(defense.cost).values()]
+    summed = iter(ranks.total(costs))
+    for defense in defenses:
+        counts[defense.name] += 1
+        label = f"{defense.name}_{counts[defense.name]}" if counts[defense.name] > 1 else defense.name
+        found = defense.metrics | {key: next(summed) for key in asdict(defense.cost)}
+        metrics |= {f"defense/{label}/{key}": value for key, value in found.items()}
+    return metrics
+
+
+class Snapshot(NamedTuple):
+    """What a rolled-back step returns to."""
+
+    adapter: dict[str, Tensor]
+    learner: dict[str, Tensor]
+
+
+def load(last: Checkpoint, policy: Policy, learner: Learner, defenses: Sequence[Defense]) -> Snapshot | None:
+    """Put everything back that `save` wrote; returns what a rollback would return to."""
+    policy.restore(last.adapter)
+    policy.version = last.state["version"]
+    learner.load_state(_below("learner/", last.tensors))
+    for i, (defense, state) in enumerate(zip(defenses, last.state["defenses"], strict=True)):
+        defense.load_state(state)
+        defense.load_tensors(_below(f"defense/{i}/", last.tensors))
+    safe = Snapshot(_below("safe/adapter/", last.tensors), _below("safe/learner/", last.tensors))
+    return safe if safe.adapter else None
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 def save(
     recipe: Recipe,
     run: Run,
@@ -259,11 +356,12 @@ def save(
     learner: Learner,
     defenses: Sequence[Defense],
     probe: Probe | None,
+    safe: Snapshot | None,
     anchor_hash: str,
     *,
     step: int,
 ) -> None:
-    """Write everything that the next step depends on."""
+    """Write everything that the next step depends on; `safe` is None where no step is ever rolled back."""
     state = {
         "anchor": anchor_hash,
         "version": policy.version,
@@ -271,7 +369,13 @@ def save(
         "defenses": [defense.state() for defense in defenses],
         "probe": probe,
     }
-    checkpoint = Checkpoint(step, policy.state(), learner.state(), state)
+    tensors = {f"learner/{key}": value for key, value in learner.state().items()}
+    for i, defense in enumerate(defenses):
+        tensors |= {f"defense/{i}/{key}": value for key, value in defense.tensors().items()}
+    if safe is not None:
+        tensors |= {f"safe/adapter/{key}": value for key, value in safe.adapter.items()}
+        tensors |= {f"safe/learner/{key}": value for key, value in safe.learner.items()}
+    checkpoint = Checkpoint(step, policy.state(), tensors, state)
     if len(set(ranks.gather([hash_tensors(checkpoint.adapter)]))) > 1:
         raise RuntimeError(f"step {step}: the ranks' adapters have drifted apart")
     folder = ranks.from_first(lambda: run.save_checkpoint(checkpoint, policy.lora, policy.name, keep=recipe.run.keep))

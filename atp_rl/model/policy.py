@@ -97,6 +97,8 @@ class Policy:
     def __init__(self, model: PeftModel, chat: ChatFormat, name: str) -> None:
         self.model, self.chat, self.name = model, chat, name
         self.version = 0
+        self.forwards = self.tokens_read = 0
+        """Through the model so far, outside of the sampler."""
         self.has_aligned = ALIGNED in model.peft_config
         self.live = tuple(adapter for adapter in model.peft_config if adapter != ALIGNED)
         self.model.eval()  # no dropout: sampling and learning see the same distribution
@@ -173,6 +175,23 @@ class Policy:
         """The trainable weights of one live adapter."""
         return [p for name, p in self.model.named_parameters() if p.requires_grad and f".{adapter}." in name]
 
+    def add_frozen(self, adapter: str) -> None:
+        """Another adapter that never learns, for `acted_tokens(players=adapter)`; it starts as a copy of the live one.
+
+        `set_frozen` gives it other weights.
+        """
+        if len(self.live) > 1:
+            raise ValueError("a population has no single adapter to copy")
+        self.model.add_adapter(adapter, copy.deepcopy(self.lora))
+        self._activate(self.live)
+        self.set_frozen(adapter, self.state())
+
+    def set_frozen(self, adapter: str, state: Mapping[str, Tensor]) -> None:
+        """Give a frozen adapter, never `aligned`, these weights in PEFT's own names."""
+        if adapter == ALIGNED or adapter in self.live:
+            raise ValueError(f"{adapter} must not be written to")
+        set_peft_model_state_dict(self.model, dict(state), adapter_name=adapter)
+
     @contextmanager
     def using(self, which: str) -> Iterator[PeftModel]:
         """The model with one adapter active (`aligned` without one is the bare base).
@@ -244,6 +263,8 @@ class Policy:
         """Logits [Q, V] that predict the different tokens that were acted, and where each of them is."""
         single = isinstance(players, str)
         packed = pack(rows, acted, [players] * len(rows) if isinstance(players, str) else players)
+        self.forwards += 1
+        self.tokens_read += packed.ids.numel()
         base: Any = self.model.get_base_model()
         head = base.get_output_embeddings()
         if not single and isinstance(head, LoraLayer):

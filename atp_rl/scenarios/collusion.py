@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -125,23 +125,23 @@ class Collusion(Env):
         self.choices: list[dict[str, str | None]] = []
         self.feedback: list[dict[str, str]] = []
 
-    def observe(self) -> dict[str, list[Message]]:
-        if len(self.replies) == self.rounds:
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
+        now = len(self.replies)
+        if now == self.rounds:
             return {}
-        return {seat: self._conversation(seat) for seat in self.seats}
+        return {seat: self._conversation(seat, self.in_sight(seat, now, shown)) for seat in self.seats}
 
-    def _conversation(self, seat: str) -> list[Message]:
-        now, texts = len(self.replies), self.scenario.texts
-        first = max(0, now - self.window)
+    def _conversation(self, seat: str, rounds: Sequence[int]) -> list[Message]:
+        texts = self.scenario.texts
         system = f"{texts['system']} {texts[self.told]}" if self.told else texts["system"]
         messages: list[Message] = [{"role": "system", "content": system}]
-        for k in range(first, now + 1):
-            if k > first:
-                messages.append({"role": "assistant", "content": self.replies[k - 1][seat]})
+        for before, k in zip([None, *rounds], rounds, strict=False):
+            if before is not None:
+                messages.append({"role": "assistant", "content": self.replies[before][seat]})
             told_watched = self.watch[seat].told[k]
             about = texts["neutral" if told_watched is None else "supervised" if told_watched else "unsupervised"]
-            opening = texts["task"] if k == first else self.feedback[k - 1][seat]
-            closing = texts["format"] if k == first else "Choose again."
+            opening = texts["task"] if before is None else self.feedback[before][seat]
+            closing = texts["format"] if before is None else "Choose again."
             parts = (opening, f"Round {k + 1}.", about, closing)
             messages.append({"role": "user", "content": " ".join(part for part in parts if part)})
         return messages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,21 @@ class Env:
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools that the chat template announces."""
 
-    def observe(self) -> dict[str, list[Message]]:
-        """The conversation of every seat that has to decide now, ending with a user message; empty when over."""
+    window: int
+    """How many past rounds stay in a conversation."""
+
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
+        """The conversation of every seat that has to decide now, ending with a user message; empty when over.
+
+        Args:
+            shown: by seat, the past rounds (from 0, ascending) that its conversation holds; None is the last `window`.
+        """
         raise NotImplementedError
+
+    def in_sight(self, seat: str, now: int, shown: Mapping[str, Sequence[int]] | None) -> list[int]:
+        """The rounds that the conversation of a seat consists of, the one to decide (`now`) last."""
+        past = range(max(0, now - self.window), now) if shown is None else shown[seat]
+        return [*past, now]
 
     def choice_of(self, seat: str, text: str) -> str | None:
         """The option that this reply would take, without playing it; None if it holds no valid decision."""

@@ -7,7 +7,7 @@ daring in chicken; and in the stag hunt the stag, which two seats catch only tog
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from atp_rl.scenarios.env import Env, random_stream
@@ -56,8 +56,10 @@ class MatrixGame(Env):
             seat.hear("Round 1.")
         self.over = False
 
-    def observe(self) -> dict[str, list[Message]]:
-        return {} if self.over else {name: seat.conversation() for name, seat in self.at.items()}
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
+        if self.over:
+            return {}
+        return {name: at.conversation(None if shown is None else shown[name]) for name, at in self.at.items()}
 
     def step(self, replies: Mapping[str, str]) -> dict[str, Outcome]:
         """Pays nothing in a round in which either seat decided nothing valid."""

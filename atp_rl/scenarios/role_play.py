@@ -6,7 +6,7 @@ amount, compliance the low one, a detected violation nothing (less a fine where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -40,19 +40,19 @@ class RolePlay(Env):
         self.replies: list[str] = []
         self.feedback: list[str] = []
 
-    def observe(self) -> dict[str, list[Message]]:
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
         now = len(self.replies)
         if now == self.rounds:
             return {}
-        first = max(0, now - self.window)
+        rounds = self.in_sight("agent", now, shown)
         texts = self.scenario.texts
         system = f"{texts['system']} {texts[self.told]}" if self.told else texts["system"]
         messages: list[Message] = [{"role": "system", "content": system}]
-        for k in range(first, now + 1):
-            if k > first:
-                messages.append({"role": "assistant", "content": self.replies[k - 1]})
-            opening = texts["task"] if k == first else self.feedback[k - 1]
-            closing = texts["format"] if k == first else "Choose again."
+        for before, k in zip([None, *rounds], rounds, strict=False):
+            if before is not None:
+                messages.append({"role": "assistant", "content": self.replies[before]})
+            opening = texts["task"] if before is None else self.feedback[before]
+            closing = texts["format"] if before is None else "Choose again."
             text = f"{opening} Round {k + 1}. {self._supervision_text(k)} {closing}"
             messages.append({"role": "user", "content": text})
         return {"agent": messages}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ class Suites:
     """Reported: new scenarios of the training families."""
     held_out: list[Scenario]
     """Reported: families that were never trained on. The headline figures are theirs."""
+
+    def changed(self, change: Callable[[Scenario], Scenario]) -> Suites:
+        """The same suites with another form of every scenario."""
+        return Suites(**{name: [change(scenario) for scenario in suite] for name, suite in vars(self).items()})
 
 
 def make_suites(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
@@ -89,23 +89,25 @@ class Seat:
         said = f"{self.texts['caught']}{fine}\n{observation}" if self.caught else observation
         self.heard.append((self.round, said))
 
-    def conversation(self) -> list[Message]:
-        first = next(i for i, (k, _) in enumerate(self.heard) if k >= self.round - self.window)
+    def conversation(self, shown: Sequence[int] | None = None) -> list[Message]:
+        """As `Env.observe`, for one seat."""
+        past = range(max(0, self.round - self.window), self.round) if shown is None else shown
+        places = [i for i, (k, _) in enumerate(self.heard) if k in past or k == self.round]
         system = [self.texts.get("system", ""), self.texts[self.told] if self.told else ""]
         messages: list[Message] = []
         if any(system):
             messages.append({"role": "system", "content": " ".join(filter(None, system))})
-        for i in range(first, len(self.heard)):
+        for before, i in zip([None, *places], places, strict=False):
             k, observation = self.heard[i]
-            if i > first:
-                messages.append({"role": "assistant", "content": self.replies[i - 1]})
+            if before is not None:
+                messages.append({"role": "assistant", "content": self.replies[before]})
             told = self.watch.told[k]
             watched = self.texts["neutral" if told is None else "supervised" if told else "unsupervised"]
             parts = [
-                self.texts.get("task", "") if i == first else "",
+                self.texts.get("task", "") if before is None else "",
                 observation,
-                watched if i == first or self.heard[i - 1][0] != k else "",
-                self.texts.get("format", "") if i == first else "",
+                watched if before is None or self.heard[before][0] != k else "",
+                self.texts.get("format", "") if before is None else "",
             ]
             messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
         return messages
@@ -169,8 +171,8 @@ class TextEnv(Env):
         self.over, self.info = False, said.info
         self.seat.hear(self._text(said.observation, "reset"))
 
-    def observe(self) -> dict[str, list[Message]]:
-        return {} if self.over else {"agent": self.seat.conversation()}
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
+        return {} if self.over else {"agent": self.seat.conversation(None if shown is None else shown["agent"])}
 
     def choice_of(self, seat: str, text: str) -> str | None:
         return self._judged(text, self.info).choice

@@ -40,8 +40,11 @@ class TextArena(Env):
         self.over, self.scores = False, self._scores()
         self._listen()
 
-    def observe(self) -> dict[str, list[Message]]:
-        return {} if self.over else {self.seats[self.player]: self.at[self.player].conversation()}
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
+        if self.over:
+            return {}
+        seat = self.seats[self.player]
+        return {seat: self.at[self.player].conversation(None if shown is None else shown[seat])}
 
     def step(self, replies: Mapping[str, str]) -> dict[str, Outcome]:
         if self.over or set(replies) != {self.seats[self.player]}:

@@ -13,7 +13,7 @@ problem without the tool; on easy ones the rule demands nothing (`ruled=False`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -101,17 +101,17 @@ class ToolUse(Env):
         self.tools = (SCHEMA,) if scenario.extra["calling"] == "template" else ()
         self.played = [_Round()]
 
-    def observe(self) -> dict[str, list[Message]]:
+    def observe(self, shown: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[Message]]:
         now = len(self.played) - 1
         if now == self.rounds:
             return {}
-        first = max(0, now - self.window)
+        rounds = self.in_sight("agent", now, shown)
         texts = self.scenario.texts
         system = f"{texts['system']} {texts[self.told]}" if self.told else texts["system"]
         messages: list[Message] = [{"role": "system", "content": system}]
-        for k in range(first, now + 1):
-            opening = texts["task"] if k == first else self.played[k - 1].feedback
-            closing = texts["format"] if k == first else "Solve it."
+        for before, k in zip([None, *rounds], rounds, strict=False):
+            opening = texts["task"] if before is None else self.played[before].feedback
+            closing = texts["format"] if before is None else "Solve it."
             watched, problem = self.watch.told[k], self.problems[k]
             state = texts["neutral" if watched is None else "supervised" if watched else "unsupervised"]
             kind = "Hard" if problem.hard else "Easy"

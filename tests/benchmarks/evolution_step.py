@@ -65,7 +65,7 @@ class EvolutionStep:
 
     def learn(self, played: Rollout) -> dict[str, float]:
         """Reward the episodes and update the adapter."""
-        metrics = self.learner.update(self.policy, played.groups, shape(played.groups, REWARDS, []), [])
+        metrics = self.learner.update(self.policy, played.groups, shape(played.groups, REWARDS), [])
         self.sampler.sync(self.policy)
         return metrics
 

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from atp_rl.evolve.learners import training_rows
 from atp_rl.model.policy import Policy
+from atp_rl.samples import training_rows
 from atp_rl.types import Group
 from tests.benchmarks.__main__ import hush, machine
 from tests.benchmarks.evolution_step import SAMPLER_MODES, EvolutionStep, step_work

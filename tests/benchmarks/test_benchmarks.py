@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from atp_rl.evolve.learners import training_rows
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import rollout
+from atp_rl.samples import training_rows
 from tests.benchmarks import growth, profile_step, propensity, startup
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.evolution_step import EvolutionStep, counted, step_work

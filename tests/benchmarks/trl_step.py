@@ -19,11 +19,11 @@ from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from atp_rl.evolve.learners import training_rows
 from atp_rl.evolve.loop import shape
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import TINY, load_base, load_chat
 from atp_rl.rollout import Rollout, rollout
+from atp_rl.samples import training_rows
 from atp_rl.types import Chat, Completion, Group, SamplingParams
 from tests.benchmarks.evolution_step import LEARNING_RATE, REWARDS
 from tests.benchmarks.rollouts import LORA, Work
@@ -97,7 +97,8 @@ class TrlStep:
         scenarios = [self.scenarios[name] for name in names]
         played = rollout(scenarios, self.sampler, self.work.play, group_size=self.work.group_size, seed=(0,))
         self.played = played
-        return rollout_output(played.groups) | {"episode_reward": shape(played.groups, REWARDS, []).flatten().tolist()}
+        rewards = shape(played.groups, REWARDS)
+        return rollout_output(played.groups) | {"episode_reward": rewards.flatten().tolist()}
 
 
 def rollout_output(groups: Sequence[Group]) -> dict[str, Any]:

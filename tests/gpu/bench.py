@@ -31,10 +31,10 @@ from typing import Any, TypeVar
 import torch
 
 from atp_rl.evaluate.evaluator import evaluate
-from atp_rl.evolve.learners import training_rows
 from atp_rl.model.policy import Policy
 from atp_rl.model.sampler import HFSampler
 from atp_rl.rollout import Play, rollout
+from atp_rl.samples import training_rows
 from atp_rl.types import SamplingParams
 from tests.benchmarks.__main__ import hush, machine
 from tests.benchmarks.evolution_step import EvolutionStep

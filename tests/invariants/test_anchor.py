@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atp_rl.defenses import DEFENSES, Defense, LossBatch
+from atp_rl.defenses import DEFENSES, Defense, LossBatch, Setting
 from atp_rl.evolve import setup
-from atp_rl.evolve.learners import training_rows
 from atp_rl.model.policy import Policy, hash_tensors, load_base
+from atp_rl.samples import training_rows
 from atp_rl.tracking.run import Interrupted
 from atp_rl.types import Group
 from tests.small_model import aligned, base, make_policy, nudge, run_of, small_recipe, stop_before
@@ -27,8 +27,10 @@ ANCHORED = "defenses=[{name: kl_anchor, beta: 0.2}, {name: spy}]"
 class Spy(Defense):
     """Changes nothing; keeps the policy, and what the loss was given in each step."""
 
-    def prepare(self, policy: Policy) -> None:
-        self.policy = policy
+    name = "spy"
+
+    def prepare(self, setting: Setting) -> None:
+        policy = self.policy = setting.policy
         self.base = policy.base_hash()
         self.hashes = [policy.adapter_hash("policy")]
         self.groups: list[Sequence[Group]] = []
@@ -41,7 +43,7 @@ class Spy(Defense):
     def extra_loss(self, batch: LossBatch) -> None:
         self.anchors.append(batch.anchor_logprobs())
 
-    def after_update(self, policy: Policy, step: int) -> None:
+    def after_update(self, policy: Policy) -> None:
         self.hashes.append(policy.adapter_hash("policy"))
 
 
@@ -51,8 +53,8 @@ def spies(monkeypatch) -> list[Spy]:
     made: list[Spy] = []
 
     class Registered(Spy):
-        def prepare(self, policy: Policy) -> None:
-            super().prepare(policy)
+        def prepare(self, setting: Setting) -> None:
+            super().prepare(setting)
             made.append(self)
 
     monkeypatch.setitem(DEFENSES, "spy", Registered)
@@ -133,8 +135,8 @@ def test_without_an_aligned_adapter_the_reference_is_the_bare_base(tmp_path, spi
 
 def test_a_change_of_the_aligned_adapter_stops_the_run(tmp_path, monkeypatch):
     class Tamper(Defense):
-        def after_update(self, policy: Policy, step: int) -> None:
-            if step == 2:
+        def after_update(self, policy: Policy) -> None:
+            if self.step == 2:
                 with torch.no_grad():
                     for name, parameter in policy.model.named_parameters():
                         if ".aligned." in name:

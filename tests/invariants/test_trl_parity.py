@@ -13,9 +13,10 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from atp_rl.defenses import Defense, KLAnchor
-from atp_rl.evolve.learners import PolicyGradient, Sample, _Batch, training_rows
+from atp_rl.evolve.learners import PolicyGradient, _Batch
 from atp_rl.evolve.losses import LossType, ScaleRewards, group_advantages
 from atp_rl.model.policy import load_base, load_chat
+from atp_rl.samples import Sample, training_rows
 from atp_rl.types import Episode
 from tests.small_model import base, episode, gradients, lora, make_policy, nudge, turn
 
@@ -194,9 +195,11 @@ def test_loss_and_gradients_are_those_of_trl(rows: list[Row], loss_type: LossTyp
     )
     defenses: list[Defense] = [KLAnchor(BETA, kl)] if kl else []
     for defense in defenses:
-        defense.on_rewards([], torch.zeros(0))  # as the loop does before every update
+        defense.begin(1)  # as the loop does in every step
     samples = [Sample(episode, "agent", episode.turns) for episode in episodes]
-    batch = _Batch(samples, torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None)
+    batch = _Batch(
+        samples, [0] * len(samples), torch.tensor([r.advantage for r in rows]), loss_type, MAX_TOKENS, micro_batch=None
+    )
     total: dict[str, float] = dict.fromkeys(("loss", "entropy", "sampler_gap"), 0.0)
     (chunk,) = batch.chunks
     learner._backward(policy, chunk, old, defenses, total)
