@@ -162,10 +162,8 @@ def compare(
     if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
         _league(folder, csv=csv, latex=latex, html=html, figures=figures)
         return
-    if wanted := [
-        name for name, place in (("csv", csv), ("latex", latex), ("html", html), ("figures", figures)) if place
-    ]:
-        raise InputError(f"--{wanted[0]} is for the league table of one study: give its file or directory alone")
+    if csv or latex or html or figures:
+        raise InputError("--csv, --latex, --html and --figures are for one study: give its file or directory alone")
     from atp_rl.tracking.compare import tables
     from atp_rl.tracking.paper import paper_tables
     from atp_rl.tracking.read import expand

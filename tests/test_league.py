@@ -85,7 +85,7 @@ def test_the_numbers_of_an_arm(study):
     assert undefended.tipped == 4
     assert undefended.rmst.value == pytest.approx((20 + 20 + 30 + 20 + 20) / 5)
     assert rows(league)["kl_3"].rmst.value == 30
-    assert rows(league)["kl_3"].rmst.low is None  # all seeds are alike, and say nothing of how much seeds vary
+    assert 15 < (rows(league)["kl_3"].rmst.low or 0) < 30  # five seeds that hold do not show that all would
     # payoff is .5 + violations / 2 here; 10 violations of 200 are 5 %
     assert rows(league)["kl_3"].payoff_at_5.payoff.value == pytest.approx(
         np.mean([0.5 + k / 400 for k in range(6, 11)])
@@ -231,7 +231,7 @@ def test_csv_latex_and_figures(study, tmp_path, monkeypatch, capsys):
     assert "What they cost" in shown
     arms = list(csv.DictReader(io.StringIO((out / "l.csv").read_text())))
     assert [arm["arm"] for arm in arms] == ["undefended", "kl_3", "gate"]
-    assert float(arms[0]["rmst"]) == 22
+    assert float(arms[0]["rmst"]) == pytest.approx(22)
     assert arms[0]["deployed"] == ""
     contrasts = list(csv.DictReader(io.StringIO((out / "l-contrasts.csv").read_text())))
     assert len(contrasts) == 6

@@ -59,6 +59,8 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
     n = len(d)
     if n == 0:
         return Contrast(None, None, None, None, None, 0)
+    if n == 1:  # scipy refuses a single pair, of which both flips are as far from zero
+        return Contrast(float(d[0]), None, None, 1.0, 1.0, 1)
     exact = 2**n <= RESAMPLES  # then scipy tries all flips
     test = permutation_test(
         (d,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=RESAMPLES, rng=rng_seed

@@ -238,7 +238,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 deployed=_within(seed_mean([v for record in found if (v := _deployed(record)) is not None]), 1),
                 invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
-                rmst=_within(rmst_interval([_crossing(record) for record in found], horizon), horizon),
+                rmst=rmst_interval([_crossing(r) for r in found], horizon) if horizon else Rate(None, None, None, 0),
                 payoff_at_5=payoff_at_interval([_violation_and_payoff(record) for record in found]),
                 iqm=iqm_interval([ends]),
                 improvement=probability_of_improvement(
@@ -246,7 +246,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 ),
                 point=points[arm],
                 on_front=arm in best,
-                hypervolume=_within(seed_mean([hypervolume(_points(r, aligned, tipped)) for r in found]), None),
+                hypervolume=_within(seed_mean([hypervolume(_points(r, aligned, tipped)) for r in found]), math.inf),
                 tipped=sum(record.summary["tipped"] for record in found),
                 cost=_cost(found),
             )
@@ -374,11 +374,11 @@ def _crossing(record: RunRecord) -> Crossing:
     return Crossing(fields["step"], fields["censored_at"])
 
 
-def _within(rate: Rate, most: float | None) -> Rate:
-    """The rate with an interval that does not leave 0 to `most`, as Student's can; none where it is not known."""
-    if rate.low is None or rate.high is None or math.isnan(rate.low) or math.isnan(rate.high):
-        return Rate(rate.value, None, None, rate.n)
-    return Rate(rate.value, max(0.0, rate.low), rate.high if most is None else min(most, rate.high), rate.n)
+def _within(rate: Rate, most: float) -> Rate:
+    """The rate with an interval that does not leave 0 to `most`, as Student's can."""
+    if rate.low is None or rate.high is None:
+        return rate
+    return Rate(rate.value, max(0.0, rate.low), min(most, rate.high), rate.n)
 
 
 def _restricted(crossing: Crossing, horizon: int) -> float:
