@@ -8,21 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
 
 from atp_rl.studies.members import Job, Member, Plan, check_directories
-from atp_rl.studies.record import Record, at_work, only_runner, recipe_file
+from atp_rl.studies.record import Record, State, at_work, only_runner, recipe_file
 from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.tracking.run import Interrupted
 from atp_rl.types import InputError
 
+ATP = (sys.executable, "-m", "atp_rl")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0
 """Between Ctrl-C, which a terminal sends to the runs too, and passing it on: to a run, a second one means at once."""
 TAIL_LINES = 15
+
+
+class Note(Protocol):
+    def __call__(self, states: Mapping[str, State], error: str | None = None) -> None: ...
 
 
 @dataclass
@@ -50,17 +55,16 @@ def run_study(plan: Plan, *, workers: int, whole: Plan | None = None) -> Outcome
         Interrupted: a signal came; the runs have saved, and the same command continues.
     """
     check_directories(plan.jobs)
-    make_folder(plan.folder)
     with only_runner(plan.folder):
         record = Record(whole or plan)
-        record.begin()
+        record.begin(plan.jobs)
         cores = available_cores()
         together = min(workers, len(plan.alignments)) or 1
         with progress(total_steps(plan.members), plan.study.name) as report:
             return run_jobs(
                 plan,
                 plan.jobs,
-                record,
+                record.update,
                 workers=workers,
                 threads=lambda job: max(1, cores // (together if job.aligns else workers)),
                 report=report,
@@ -82,29 +86,25 @@ def run_one(plan: Plan, name: str) -> Outcome:
     if needed and not needed[0].complete:
         raise InputError(f"--member {name}: starts from {needed[0].name}, which is not complete; run that first")
     record = Record(plan)
-    if not recipe_file(plan, jobs[0]).exists():
-        make_folder(plan.folder)
-        record.begin()
-    return run_jobs(plan, jobs, record, workers=1, threads=lambda _: available_cores(), report=silent)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error}); choose another folder with --out") from None
+    record.begin(jobs)
+    return run_jobs(plan, jobs, record.update, workers=1, threads=lambda _: available_cores(), report=silent)
 
 
 def run_jobs(
     plan: Plan,
     jobs: Sequence[Job],
-    record: Record,
+    note: Note,
     *,
     workers: int,
     threads: Callable[[Job], int],
     report: Report,
 ) -> Outcome:
-    """Start these runs in their order, each once its alignment is there.
+    """Start these runs in their order, each once its alignment is there; their recipes are written already.
+
+    Args:
+        note: told every new state of a run; with none where a run turns out to be complete.
+        threads: cores that a run may use.
+        report: told how many of `total_steps` are done.
 
     Raises:
         Interrupted: a signal came; all that ran have ended.
@@ -132,11 +132,11 @@ def run_jobs(
                     waiting.remove(job)
                     if job.complete:
                         complete.add(job.name)
-                        record.update({})
+                        note({})
                         continue
                     free = [slot for slot in slots if slot not in [process.slot for process in running]]
                     running.append(_Process(plan, job, threads=threads(job), slot=free[0]))
-                    record.update({job.name: "running"})
+                    note({job.name: "running"})
             stop.pass_on(running)
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.ended]:
@@ -144,14 +144,14 @@ def run_jobs(
                 job = process.job
                 if job.complete:
                     complete.add(job.name)
-                    record.update({})
+                    note({})
                     news.tell(running, _ends(job))
                 elif process.code == 75 or stop.asked:
                     outcome.interrupted.append(job.name)
-                    record.update({job.name: "interrupted"})
+                    note({job.name: "interrupted"})
                 else:
                     failed[job.name] = process.last_lines()
-                    record.update({job.name: "failed"}, error=failed[job.name])
+                    note({job.name: "failed"}, error=failed[job.name])
                     news.tell(running, f"{job.name} failed ({process.end}), see {process.log}")
             if running and not running[0].job.aligns:
                 news.tell(running)
@@ -172,7 +172,7 @@ class _Process:
             environment["CUDA_VISIBLE_DEVICES"] = slot[1]
         with self.log.open("a") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "atp_rl", *arguments],
+                [*ATP, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -196,7 +196,7 @@ class _Process:
 
     def last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\n".join([f"{self.end}; {self.log} ends with", *lines])
+        return "\n".join([f"{self.end}; its last lines, from {self.log}:", *lines])
 
 
 def _devices(workers: int) -> list[tuple[int, str | None]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,21 @@ def recipe_file(plan: Plan, job: Job) -> Path:
     return plan.folder / "recipes" / f"{job.name}.yaml"
 
 
+def write_recipes(plan: Plan, jobs: Sequence[Job]) -> None:
+    """What these runs are started from."""
+    make_folder(plan.folder / "recipes")
+    for job in jobs:
+        write_atomically(recipe_file(plan, job), dump(job.recipe))
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error}); choose another folder with --out") from None
+
+
 @contextmanager
 def only_runner(folder: Path) -> Iterator[None]:
     """Nobody else runs this study from here meanwhile; the lock is gone with the process, however it ends.
@@ -32,6 +47,7 @@ def only_runner(folder: Path) -> Iterator[None]:
     Raises:
         InputError: somebody does already.
     """
+    make_folder(folder)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,12 +76,10 @@ class Record:
         self.states: dict[str, State] = {}
         """By run, as this process knows them."""
 
-    def begin(self) -> None:
-        """Write the recipes and find out where every run is; for the one process that starts them all."""
-        (self._plan.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        for job in self._plan.jobs:
-            write_atomically(recipe_file(self._plan, job), dump(job.recipe))
-        self.update({job.name: "interrupted" if job.begun else "waiting" for job in self._plan.jobs})
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Write the recipes of these runs, which this process is about to start, and note where each is."""
+        write_recipes(self._plan, jobs)
+        self.update({job.name: "interrupted" if job.begun else "waiting" for job in jobs})
 
     def update(self, states: Mapping[str, State], error: str | None = None) -> None:
         """Note the new states of some runs; those whose files say so are complete whatever was noted.

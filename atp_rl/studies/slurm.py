@@ -9,14 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atp_rl.studies.local import make_folder
 from atp_rl.studies.members import Job, Plan, check_directories
-from atp_rl.studies.record import Record, recipe_file
+from atp_rl.studies.record import Record, make_folder, recipe_file
 from atp_rl.types import InputError
 
 SCRIPT = """\
 #!/usr/bin/env bash
-# Written by `atp study {study} --launcher slurm`. A task runs one line of a list: a run directory and its recipe.
+# Written by `atp study --launcher slurm`. A task runs one line of a list: a run directory and its recipe.
 #
 #     sbatch --array=1-N array.sbatch LIST
 #
@@ -74,8 +73,8 @@ def submit(plan: Plan, file: Path, *, whole: Plan, dry_run: bool) -> None:
     elif shutil.which("sbatch") is None:
         raise InputError("--launcher slurm: there is no `sbatch` on this machine; submit from a login node")
     else:
+        Record(whole).begin(plan.jobs)
         make_folder(folder)
-        Record(whole).begin()
         for path, content in [(script, text), *((path, lines) for path, lines, _ in lists.values())]:
             path.write_text(content)
     before: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -301,7 +301,7 @@ def _adjusted(blocks: Sequence[Block]) -> list[Block]:
         ]
         adjusted |= dict(zip([key for key, _ in tests], holm([p for _, p in tests]), strict=True))
     return [
-        Block(**{**vars(block), "tests": [Test(**{**vars(t), "adjusted_p": adjusted.get(id(t))}) for t in block.tests]})
+        replace(block, tests=[replace(test, adjusted_p=adjusted.get(id(test))) for test in block.tests])
         for block in blocks
     ]
 
@@ -339,7 +339,8 @@ def _violation(records: Sequence[RunRecord]) -> Rate:
     """At the last checkpoint, from the stored episodes where every run has them, or else from its rates."""
     cells = [_by_scenario(record) for record in records]
     if not all(cells):
-        return _within(seed_mean([_value(record, "violation") for record in records]), 1)
+        rate = _within(seed_mean([_value(record, "violation") for record in records]), 1)
+        return replace(rate, n=sum(record.curve[-1][1]["violation"]["n"] for record in records))
     names = sorted(set().union(*cells))
     width = max(len(verdicts) for cell in cells for verdicts in cell.values())
     arrays = [
