@@ -218,7 +218,8 @@ class _News:
     def tell(self, running: Sequence[_Process], event: str | None = None) -> None:
         at_work = {process.job.name for process in running}
         complete = [m for m in self._members if m.name not in at_work and m.complete]
-        done = sum(min(steps_done(m), m.steps) for m in self._members) + len(complete)
+        under_way = [m for m in self._members if m not in complete]
+        done = total_steps(complete) + sum(min(steps_done(m), m.steps) for m in under_way)
         if event is None and done == self._last:
             return
         self._last = done
