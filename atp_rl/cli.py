@@ -200,16 +200,53 @@ def report(
 
 @app.command()
 def compare(
-    runs: RunDirs,
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or a study's file or directory.")],
     paper: Annotated[bool, typer.Option("--paper", help="Beside the figures of arXiv 2510.04860 instead.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Of a study: its arms and (in a file beside it) contrasts.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Of a study: the tables for booktabs.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Of a study: tables and pictures in one page.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Of a study: a folder for its pictures as SVG.")] = None,
 ) -> None:
-    """Print the tables of one or several runs."""
+    """Print the tables of one or several runs, or the league table of a study."""
+    from atp_rl.studies.file import study_folder
+
+    if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
+        _league(folder, csv=csv, latex=latex, html=html, figures=figures)
+        return
+    if csv or latex or html or figures:
+        raise InputError("--csv, --latex, --html and --figures are for one study: give its file or directory alone")
     from atp_rl.tracking.compare import tables
     from atp_rl.tracking.paper import paper_tables
     from atp_rl.tracking.read import expand
 
     for shown in paper_tables(expand(runs)) if paper else tables(expand(runs)):
         _print(shown)
+
+
+def _league(folder: Path, *, csv: Path | None, latex: Path | None, html: Path | None, figures: Path | None) -> None:
+    from atp_rl.tracking import league_show
+    from atp_rl.tracking.league import read_league
+
+    league = read_league(folder)
+    _print(league_show.headline(league))
+    for shown in league_show.tables(league):
+        _print(shown)
+    if csv:
+        with _writing(csv):
+            _print("\n".join(map(str, league_show.write_csv(league, csv))))
+    if latex:
+        with _writing(latex):
+            latex.write_text(league_show.latex(league), "utf-8")
+        _print(latex)
+    if html or figures:
+        from atp_rl.tracking.league_picture import write_figures, write_html
+
+        if html:
+            with _writing(html):
+                _print(write_html(league, html))
+        if figures:
+            with _writing(figures):
+                _print("\n".join(map(str, write_figures(league, figures))))
 
 
 @app.command()
@@ -235,6 +272,41 @@ def demo(
     from atp_rl.demo import run_demo
 
     run_demo(out, workers=workers)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file, e.g. recipes/studies/defenses.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of its runs; default: the file's `dir`.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 2,
+    launcher: Annotated[Literal["local", "slurm"], typer.Option(help="Here, or as job arrays of Slurm.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print what would run; write nothing.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Run the members of this arm alone; may be repeated.")] = None,
+    member: Annotated[str | None, typer.Option(help="Run this one run alone, as a task of a job array does.")] = None,
+) -> None:
+    """Run what is missing of a study, resume what was interrupted; the same command continues until all is there."""
+    from atp_rl.studies import local, slurm
+    from atp_rl.studies.file import find_sources, read_study
+    from atp_rl.studies.members import choose, plan
+    from atp_rl.studies.show import plan_lines
+
+    path = Path(find_sources([str(file)])[0])
+    whole = plan(read_study(path), out)
+    part = choose(whole, only or [])
+    if dry_run:
+        print("\n".join(plan_lines(part)))
+    if launcher == "slurm":
+        slurm.submit(part, path, whole=whole, dry_run=dry_run)
+    if dry_run or launcher == "slurm":
+        return
+    outcome = local.run_one(whole, member) if member else local.run_study(part, workers=workers, whole=whole)
+    _print(part.folder)
+    if outcome.failed:
+        for name, end in outcome.failed.items():
+            print(f"\natp: {name} failed: {end}", file=sys.stderr)
+        if outcome.not_started:
+            print(f"\natp: not started, for want of an alignment: {', '.join(outcome.not_started)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic reads no other one before Py
 from atp_rl.types import InputError, Scenario, Verdict
 
 T = TypeVar("T")
-SplitName = Literal["held_out", "held_in"]
+SplitName = Literal["held_out", "held_in", "deployed"]
 
 
 class RateFields(TypedDict):
@@ -234,6 +234,12 @@ class RunRecord:
         """The seats that started from another adapter than the aligned one."""
         spec = self.setting("evolve", "deviants", "count")
         return self.seats[:spec] if isinstance(spec, int) else []
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What the run raised an alarm about, e.g. that a step was rolled back."""
+        source = self.path / "alerts.jsonl"
+        return _jsonl(source, []) if source.exists() else []
 
     def setting(self, *keys: str) -> Any:
         """What the recipe says under `keys`; None where it says nothing."""
