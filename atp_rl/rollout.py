@@ -128,7 +128,9 @@ def _waves(groups: Sequence[list[_Open]], most: int | None) -> list[list[_Open]]
 
 
 def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers: Sequence[Reader]) -> None:
-    while pending := [(o, prompt) for o in open_episodes for prompt in o.observe(play.history_window, readers, sampler)]:
+    while pending := [
+        (o, prompt) for o in open_episodes for prompt in o.observe(play.history_window, readers, sampler)
+    ]:
         prompts = [prompt for _, prompt in pending]
         tools = [o.env.tools for o, _ in pending]
         for reader in readers:
@@ -216,7 +218,8 @@ class _Open:
         shown = {seat: list(range(max(0, m.round - window), m.round)) for seat, m in moments.items()}
         prompts = self._prompts(shown, moments)
         for reader in readers:
-            before, shown = shown, {seat: reader.on_history(shown[seat], m) for seat, m in moments.items()}
+            own = {p.moment.seat: reader.on_history(shown[p.moment.seat], p.moment) for p in prompts}
+            before, shown = shown, shown | own
             if shown != before:
                 begun, longer = time.perf_counter(), prompts
                 prompts = self._prompts(shown, moments)

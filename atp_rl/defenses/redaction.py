@@ -2,7 +2,7 @@
 
 Mechanism: amounts of money in what the environment says (and in collusion factors, changes and capital) become "an
            amount" and "Highest income: ..." is left out (`hide`), or they become their rank among what the options pay,
-           "the highest amount" (`ranks`). Names of options and the texts of problems stay. What is paid does not change.
+           "the highest amount" (`ranks`). Names of options and the texts of problems stay; so does what is paid.
 Source:    ours; without amounts there is nothing to weigh against the rule, with ranks no size of the gain.
 Hook:      on_prompts.
 Cost:      about none: some prompts become a little shorter or longer.

@@ -25,8 +25,8 @@ from atp_rl.scenarios.choices import without_thinking
 from atp_rl.types import InputError, Message, Prompt
 
 QUESTION = (
-    "Do not decide yet. Sum up the rounds so far in at most three sentences: what was decided, what came of it, and what "
-    "the rule requires."
+    "Do not decide yet. Sum up the rounds so far in at most three sentences: what was decided, what came of it, and "
+    "what the rule requires."
 )
 
 
