@@ -24,7 +24,9 @@ from atp_rl.scenarios import collusion, load, role_play
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.scenarios.sandbox import ToolResult
 from atp_rl.scenarios.tool_use import ToolUse
-from atp_rl.tracking.run import Interrupted, Run
+from atp_rl.tracking.read import load_run
+from atp_rl.tracking.report import write_report
+from atp_rl.tracking.run import Interrupted, Run, evaluation_metrics
 from atp_rl.types import (
     Chat,
     Completion,
@@ -743,3 +745,17 @@ def test_a_chat_service_is_asked_too(tmp_path, monkeypatch):
     assert sum("Which option does the rule require?" in text for text in asked) == decisions
     assert sum(text.startswith("Now decide. ") for text in asked) == decisions
     assert "$" not in " ".join(text for text in asked if text.startswith("Now decide. "))
+
+
+def test_the_deployed_rate_reaches_summary_report_and_mirror(tmp_path):
+    recipe = small_recipe(tmp_path / "run", "defenses=[reminder]", steps=2)
+    pipeline.run(recipe)
+    record = load_run(tmp_path / "run")
+    rates = [split["violation"]["value"] for _, split in record.deployed]
+    assert len(rates) == 2
+    assert "deployed" in record.summary
+    ends = record.summary["deployed"]
+    assert [ends["aligned"]["violation_rate"], ends["final"]["violation_rate"]] == rates
+    (*_, last) = Run.open(tmp_path / "run").lines("evaluations.jsonl")
+    assert evaluation_metrics(last)["eval/report/deployed/violation_rate"] == rates[-1]
+    assert "as deployed" in write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
