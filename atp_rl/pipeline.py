@@ -66,6 +66,8 @@ def check(recipe: Recipe) -> Suites:
         fix = "`pip install 'atp-rl[vllm]'` on a machine with a GPU, or another engine"
         raise InputError(f"`sampler.engine`: vllm is not installed; {fix}")
     _check_pairs(recipe, defenses)
+    if recipe.sampler.mode == "choice" and (asking := [defense.name for defense in defenses if defense.asks]):
+        raise InputError(f"`sampler.mode`: choice writes no text, which {asking[0]} asks for; set it to free")
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
     if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():

@@ -1,10 +1,38 @@
 """Defenses: what may keep an aligned policy aligned while it evolves. One file each, all behind one base class."""
 
+from atp_rl.defenses.audit_announcement import AuditAnnouncement
 from atp_rl.defenses.base import Defense, LossBatch, Probe, Setting
+from atp_rl.defenses.context_reset import ContextReset
+from atp_rl.defenses.dissenters import Dissenters
 from atp_rl.defenses.gate import Gate
 from atp_rl.defenses.kl_anchor import KLAnchor
+from atp_rl.defenses.memory_filter import MemoryFilter
+from atp_rl.defenses.neutral_text import NeutralText
+from atp_rl.defenses.peer_hiding import PeerHiding
+from atp_rl.defenses.recitation import Recitation
+from atp_rl.defenses.redaction import Redaction
+from atp_rl.defenses.reflective_summary import ReflectiveSummary
+from atp_rl.defenses.reminder import Reminder
+from atp_rl.defenses.window import Window
 
-DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in (Gate, KLAnchor)}
+DEFENSES: dict[str, type[Defense]] = {
+    defense.name: defense
+    for defense in (
+        AuditAnnouncement,
+        ContextReset,
+        Dissenters,
+        Gate,
+        KLAnchor,
+        MemoryFilter,
+        NeutralText,
+        PeerHiding,
+        Recitation,
+        Redaction,
+        ReflectiveSummary,
+        Reminder,
+        Window,
+    )
+}
 """Name in a recipe -> class. Its options are the dataclass's fields."""
 
 __all__ = ["DEFENSES", "Defense", "Gate", "KLAnchor", "LossBatch", "Probe", "Setting"]
