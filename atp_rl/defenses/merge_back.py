@@ -78,7 +78,7 @@ class MergeBack(Defense):
             return
         now, errors = factors(policy.state()), list[float]()
         for name, update in now.items():
-            aligned = Factors(*(tensor.to(update.up.device) for tensor in self.aligned[name]))
+            aligned = self.aligned[name].to(update.up.device)
             if self.layers == "safemerge":
                 since = combination((1, update), (-1, aligned))
                 if share_within(since, self.spaces[name].to(update.up.device)) >= self.tau:

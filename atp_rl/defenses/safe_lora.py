@@ -56,7 +56,7 @@ class SafeLora(Defense):
         for name, update in now.items():
             device = update.up.device
             space = self.spaces[name].to(device)
-            since = combination((1, update), (-1, type(update)(*(t.to(device) for t in self.aligned[name]))))
+            since = combination((1, update), (-1, self.aligned[name].to(device)))
             shares.append(share_within(since, space))
             if shares[-1] < self.tau:
                 now[name] = projected(update, space)

@@ -32,6 +32,9 @@ class Factors(NamedTuple):
     up: Tensor
     """[out, r]"""
 
+    def to(self, device: torch.device) -> Factors:
+        return Factors(self.down.to(device), self.up.to(device))
+
 
 def factors(state: Mapping[str, Tensor]) -> dict[str, Factors]:
     """The updates of a `Policy.state` by the name of their module, in the state's order; not copied.
