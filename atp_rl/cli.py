@@ -187,6 +187,25 @@ def reward_model(
 
 
 @app.command()
+def sweep(
+    path: RunDir,
+    checkpoint: Annotated[int, typer.Option(help="Its step.")],
+    alphas: Annotated[str, typer.Option(help="Shares of the update since alignment.")] = "0,0.25,0.5,0.75,1",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe override, e.g. evaluate.per_family=24.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint with its update since alignment scaled: a Pareto curve without training."""
+    from atp_rl import sweep as stage
+
+    try:
+        shares = [float(alpha) for alpha in alphas.split(",")]
+    except ValueError:
+        raise InputError(f"--alphas {alphas}: give numbers with commas between them, e.g. 0,0.5,1") from None
+    _print(stage.sweep_table(stage.sweep(path, checkpoint, shares, override or [])))
+
+
+@app.command()
 def report(
     runs: RunDirs, out: Annotated[Path | None, typer.Option(help="HTML file; default RUN/report.html.")] = None
 ) -> None:

@@ -402,7 +402,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
         if recipe.sampler.engine == "api":
             evolve_by_api(recipe, run, suites, report=report)
         else:
-            evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
+            evolve(recipe, run, suites, anchor=anchor_of(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
             "name": run_name(recipe),
             "seed": recipe.seed,
@@ -462,8 +462,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
-    policy, defenses = load_policy(recipe, _anchor(recipe, run), suites), check_defenses(recipe.defenses)
-    prepare(recipe, suites, policy, _anchor(recipe, run), defenses)
+    policy, defenses = load_policy(recipe, anchor_of(recipe, run), suites), check_defenses(recipe.defenses)
+    prepare(recipe, suites, policy, anchor_of(recipe, run), defenses)
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
@@ -481,7 +481,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     return records
 
 
-def _anchor(recipe: Recipe, run: Run) -> Path | None:
+def anchor_of(recipe: Recipe, run: Run) -> Path | None:
     """The directory of the adapter that evolution starts from; None is the bare base."""
     start = recipe.evolve.start_from if recipe.evolve else "aligned"
     if start != "aligned":

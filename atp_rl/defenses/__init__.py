@@ -5,14 +5,22 @@ from atp_rl.defenses.base import Defense, LossBatch, Probe, Setting
 from atp_rl.defenses.context_reset import ContextReset
 from atp_rl.defenses.dissenters import Dissenters
 from atp_rl.defenses.gate import Gate
+from atp_rl.defenses.inoculation import Inoculation
 from atp_rl.defenses.kl_anchor import KLAnchor
+from atp_rl.defenses.l2_anchor import EWC, L2Anchor
+from atp_rl.defenses.lisa import Lisa
 from atp_rl.defenses.memory_filter import MemoryFilter
+from atp_rl.defenses.merge_back import MergeBack
 from atp_rl.defenses.neutral_text import NeutralText
 from atp_rl.defenses.peer_hiding import PeerHiding
 from atp_rl.defenses.recitation import Recitation
 from atp_rl.defenses.redaction import Redaction
 from atp_rl.defenses.reflective_summary import ReflectiveSummary
 from atp_rl.defenses.reminder import Reminder
+from atp_rl.defenses.replay import Replay, ShuffledReplay
+from atp_rl.defenses.safe_lora import SafeLora
+from atp_rl.defenses.surgery import Surgery
+from atp_rl.defenses.token_constraint import TokenConstraint
 from atp_rl.defenses.window import Window
 
 DEFENSES: dict[str, type[Defense]] = {
@@ -21,15 +29,25 @@ DEFENSES: dict[str, type[Defense]] = {
         AuditAnnouncement,
         ContextReset,
         Dissenters,
+        EWC,
         Gate,
+        Inoculation,
         KLAnchor,
+        L2Anchor,
+        Lisa,
         MemoryFilter,
+        MergeBack,
         NeutralText,
         PeerHiding,
         Recitation,
         Redaction,
         ReflectiveSummary,
         Reminder,
+        Replay,
+        SafeLora,
+        ShuffledReplay,
+        Surgery,
+        TokenConstraint,
         Window,
     )
 }
