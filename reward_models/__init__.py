@@ -14,11 +14,12 @@ not tell". The columns, one value a completion, are those of a scenario, or of t
 from collections.abc import Callable
 
 from reward_models.compliance import compliance
+from reward_models.monitor import monitor
 from reward_models.payoff import payoff
 
 RewardModel = Callable[..., list[float | None]]
 
-REWARD_MODELS: dict[str, RewardModel] = {"payoff": payoff, "compliance": compliance}
+REWARD_MODELS: dict[str, RewardModel] = {"payoff": payoff, "compliance": compliance, "monitor": monitor}
 """Name in a recipe -> function."""
 
-__all__ = ["REWARD_MODELS", "RewardModel", "compliance", "payoff"]
+__all__ = ["REWARD_MODELS", "RewardModel", "compliance", "monitor", "payoff"]
