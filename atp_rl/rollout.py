@@ -212,14 +212,17 @@ class _Open:
 
     def observe(self, window: int, readers: Sequence[Reader]) -> list[Prompt]:
         """The conversations of the seats that have to decide now."""
-        moments = {seat: self._moment(seat) for seat in self.env.seats}
+        conversations = self.env.observe()
+        moments = {seat: self._moment(seat) for seat in conversations}
         shown: dict[str, list[int]] = {}
         for seat, moment in moments.items():
             shown[seat] = list(range(max(0, moment.round - window), moment.round))
             for reader in readers:
                 shown[seat] = reader.on_history(shown[seat], moment)
+        if readers:
+            conversations = self.env.observe(shown)
         prompts = []
-        for seat, messages in self.env.observe(shown if readers else None).items():
+        for seat, messages in conversations.items():
             sight = {*shown[seat], moments[seat].round}
             written = tuple(reply.token_ids for k, reply in self.replies[seat] if k in sight)
             prompts.append(Prompt(tuple(messages), written, moments[seat]))
