@@ -1,4 +1,4 @@
-"""Every defense in a run: it runs, the anchor stays where it is, and a resumed run is the undisturbed one to the bit."""
+"""Every defense in a run: the anchor stays where it is, and a resumed run is the undisturbed one to the bit."""
 
 from __future__ import annotations
 

@@ -142,8 +142,7 @@ def test_an_e_process_is_wrong_at_most_as_often_as_it_says(p0: float):
 
 @pytest.mark.parametrize("make", [lambda: Cusum(0.05, 0.13, H), lambda: EProcess(0.05, 0.13, ALPHA)])
 def test_a_drift_is_found_soon_after_a_quiet_time(make: Callable[[], Cusum | EProcess]):
-    rng, delays = np.random.default_rng(5), []
-    test = make()
+    rng, test = np.random.default_rng(5), make()
     first = np.full(SEQUENCES, np.inf)
     for step, p in enumerate([0.05] * 20 + [0.25] * 20):
         alarm = test.update(rng.binomial(N, p, SEQUENCES), N)
@@ -231,7 +230,7 @@ def test_a_rollback_by_a_gate_that_does_not_trust_goes_back_further(tmp_path):
     assert all(m["defense/gate/cusum"] > 0 for m in metrics[: first + 1])
     assert metrics[first - 1]["drift/adapter_distance"] > 0
     assert metrics[first]["drift/adapter_distance"] == 0  # where the run began
-    assert [a["step"] for a in alerts][0] == first + 1
+    assert alerts[0]["step"] == first + 1
 
 
 @pytest.mark.parametrize(
