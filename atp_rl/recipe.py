@@ -669,6 +669,8 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
         problems += wrong
     if problems:
         raise InputError("\n".join(problems))
+    for defense in built:
+        defense.beside(built)
     return built
 
 
