@@ -60,8 +60,10 @@ def run(
     if dry_run:
         from atp_rl.launch import promise
         from atp_rl.memory_plan import memory_lines
+        from atp_rl.predict import warn
 
         suites = pipeline.check(resolved)
+        warn(resolved, suites)
         Run.check_new(Path(resolved.run.dir))
         count, wrapper = promise(launch, resolved) if launch else (1, "none")
         shards = count if wrapper in ("fsdp2", "zero3") else 1
@@ -133,6 +135,74 @@ def evaluate(
     from atp_rl.tracking.compare import evaluation_table
 
     _print(evaluation_table(pipeline.evaluate_run(path, checkpoint, override or [])))
+
+
+@app.command()
+def predict(
+    recipe: RecipeArgs,
+    p0: Annotated[
+        float | None, typer.Option("--p0", help="Violation rate when aligned; default: the recipe's own run's, or .01.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Finished runs to lay beside their predictions; repeatable.")
+    ] = None,
+    scale_by: Annotated[
+        Path | None, typer.Option("--scale-by", help="Run that calibrates the model's unit of time, for --against.")
+    ] = None,
+) -> None:
+    """What theory expects: where violations settle, when they tip, and which defenses hold. Loads no model."""
+    from atp_rl import pipeline
+    from atp_rl.predict import NoPrediction, predict
+    from atp_rl.predict_runs import against as beside
+    from atp_rl.predict_tables import tables
+    from atp_rl.recipe import load
+
+    if scale_by and not against:
+        raise InputError("--scale-by: is for --against; leave it out")
+    resolved = load(recipe)
+    try:
+        shown = tables(predict(resolved, pipeline.check(resolved), p0=p0), resolved.defenses)
+    except NoPrediction as reason:
+        shown = [f"no prediction: {reason}"]
+    for each in [*shown, *(beside(against, scale_by) if against else [])]:
+        _print(each)
+
+
+@app.command()
+def reward_model(
+    recipe: RecipeArgs,
+    out: Annotated[Path, typer.Option(help="Directory of the reward model.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="Pairs to train on, e.g. RUN/aligned/pairs.jsonl; default: they are made.")
+    ] = None,
+) -> None:
+    """Train a reward model on preference pairs; `evolve.reward_options.preference.model=DIR` uses it."""
+    from atp_rl import pipeline
+    from atp_rl.recipe import load
+
+    metrics = pipeline.reward_model(load([*recipe, "evolve=null"]), out, pairs)
+    accuracy = metrics["accuracy"]
+    interval = f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}], n {accuracy['n']}"
+    _print(f"right on {accuracy['value']:.1%} {interval} of the pairs of held-out families\n{out}")
+
+
+@app.command()
+def sweep(
+    path: RunDir,
+    checkpoint: Annotated[int, typer.Option(help="Its step.")],
+    alphas: Annotated[str, typer.Option(help="Shares of the update since alignment.")] = "0,0.25,0.5,0.75,1",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe override, e.g. evaluate.per_family=24.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint with its update since alignment scaled: a Pareto curve without training."""
+    from atp_rl import sweep as stage
+
+    try:
+        shares = [float(alpha) for alpha in alphas.split(",")]
+    except ValueError:
+        raise InputError(f"--alphas {alphas}: give numbers with commas between them, e.g. 0,0.5,1") from None
+    _print(stage.sweep_table(stage.sweep(path, checkpoint, shares, override or [])))
 
 
 @app.command()

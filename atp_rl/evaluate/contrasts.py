@@ -67,7 +67,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
     )  # fmt: skip
     smallest = min(1.0, 2.0 ** (1 - int(np.count_nonzero(d))) if exact else 2 / (RESAMPLES + 1))
     low = high = None
-    if n > 1 and np.ptp(d) > 1e-12:
+    if np.ptp(d) > 1e-12:
         interval = ttest_1samp(d, 0).confidence_interval(LEVEL)
         low, high = float(interval.low), float(interval.high)
     return Contrast(float(d.mean()), low, high, float(test.pvalue), smallest, n)

@@ -116,7 +116,10 @@ def slowing_down(steps: ArrayLike, k: ArrayLike, n: ArrayLike, window: int) -> S
     variance = np.where(flat, np.nan, squares / (window - 2))
 
     def trend(sign: np.ndarray) -> float | None:
-        result: Any = kendalltau(np.arange(len(sign)), sign, nan_policy="omit")
+        known = np.isfinite(sign)
+        if known.sum() < 2:
+            return None
+        result: Any = kendalltau(np.flatnonzero(known), sign[known])
         return float(result.statistic) if np.isfinite(result.statistic) else None
 
     ends = t[window - 1 :]

@@ -307,11 +307,9 @@ def survival(crossings: Sequence[Crossing]) -> Survival:
 def rmst_interval(crossings: Sequence[Crossing], horizon: float) -> Rate:
     """Mean steps without a crossing up to `horizon` (RMST, item 6), with an interval over the n seeds of one arm.
 
-    All runs are watched that long, so that RMST is the mean of min(crossing, horizon). As a share of the horizon it
-    lies in [0, 1], and its interval is Wilson's at the number of independent decisions of the same variance, with
-    Student's quantile at n - 1. Where all seeds agree, a share of Wilson's upper bound of 0 / n may still cross at once
-    (low) or never (high). `lifelines.utils.restricted_mean_survival_time(..., return_variance=True)` is the variance of
-    one run's time, n times that of the mean.
+    All runs are watched that long, so that RMST is the mean of min(crossing, horizon), and a `bounded_mean`.
+    `lifelines.utils.restricted_mean_survival_time(..., return_variance=True)` is the variance of one run's time, n
+    times that of the mean.
 
     Raises:
         ValueError: a run that has not crossed was watched for less than the horizon.
@@ -319,17 +317,7 @@ def rmst_interval(crossings: Sequence[Crossing], horizon: float) -> Rate:
     for c in crossings:
         if c.step is None and c.censored_at < horizon:
             raise ValueError(f"a run was watched up to step {c.censored_at} only: compare at a horizon up to that")
-    n = len(crossings)
-    if n == 0:
-        return Rate(None, None, None, 0)
-    x = np.array([1.0 if c.step is None else min(c.step / horizon, 1.0) for c in crossings])
-    value = float(x.mean())
-    if np.ptp(x) < 1e-12:
-        unseen = wilson(0, n).high or 0.0
-        low, high = (1 - unseen) * value, (1 - unseen) * value + unseen
-    else:
-        low, high = _score_interval(value, value * (1 - value) * n / float(x.var(ddof=1)), n - 1)
-    return Rate(horizon * value, horizon * low, horizon * high, n)
+    return bounded_mean([horizon if c.step is None else min(c.step, horizon) for c in crossings], horizon)
 
 
 def tipping_point(steps: ArrayLike, k: ArrayLike, n: ArrayLike, rng_seed: int = 0) -> Tipping:
@@ -415,3 +403,25 @@ def seed_mean(values: ArrayLike) -> Rate:
         return Rate(float(x.mean()), None, None, len(x))
     interval = ttest_1samp(x, 0).confidence_interval(LEVEL)
     return Rate(float(x.mean()), float(interval.low), float(interval.high), len(x))
+
+
+def bounded_mean(values: ArrayLike, most: float) -> Rate:
+    """The mean of one value per seed, n of them, that all lie in [0, most], with an interval that does too.
+
+    As a share of `most` the mean is as certain as that of some number of independent decisions, and has Wilson's
+    interval at that number, with Student's quantile at n - 1. It holds the truth of seeds that tip or do not far more
+    often than Student's (`docs/statistics.md`). Where all seeds agree, a share of Wilson's upper bound of 0 / n may
+    still be 0 (low) or `most` (high) unseen.
+    """
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)] / most
+    n = len(x)
+    if n == 0:
+        return Rate(None, None, None, 0)
+    value = float(x.mean())
+    if np.ptp(x) < 1e-12:
+        unseen = wilson(0, n).high or 0.0
+        low, high = (1 - unseen) * value, (1 - unseen) * value + unseen
+    else:
+        low, high = _score_interval(value, value * (1 - value) * n / float(x.var(ddof=1)), n - 1)
+    return Rate(most * value, most * low, most * high, n)

@@ -131,6 +131,13 @@ class SummaryRates(TypedDict):
     n: int
 
 
+class DeployedFields(TypedDict):
+    """The held-out rates with the defenses that go with the policy, at the first and the last checkpoint."""
+
+    aligned: SummaryRates
+    final: SummaryRates
+
+
 class CrossingFields(TypedDict):
     """`stats.Crossing` as JSON."""
 
@@ -152,6 +159,7 @@ class Summary(TypedDict):
     testbed: str
     aligned: SummaryRates
     final: SummaryRates
+    deployed: NotRequired[DeployedFields]
     tipped: bool
     tipping_step: int | None
     time_to: TimeTo
@@ -214,6 +222,12 @@ class RunRecord:
     def curve(self) -> list[tuple[int, Split]]:
         """(step, what was measured on `split`) of every checkpoint of the report suite, by step; never empty."""
         measured = {e["step"]: e["splits"][self.split] for e in self._reports() if self.split in e["splits"]}
+        return sorted(measured.items(), key=lambda item: item[0])
+
+    @property
+    def deployed(self) -> list[tuple[int, Split]]:
+        """As `curve`, with the defenses that go with the policy; empty where there are none."""
+        measured = {e["step"]: e["splits"]["deployed"] for e in self._reports() if "deployed" in e["splits"]}
         return sorted(measured.items(), key=lambda item: item[0])
 
     @property

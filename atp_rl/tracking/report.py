@@ -55,6 +55,7 @@ STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "atp_rl",
 }
 PNG_KEY = "violation rate, a line per seed, with its 95 % interval;  dashed: invalid rate;  ring: tipping point"
+PNG_DEPLOYED = ";  dashed with marks: as deployed, with defenses"
 SHOWN_SEATS = 2
 
 
@@ -78,6 +79,11 @@ class Arm:
     def title(self) -> str:
         """Names it apart from every other arm."""
         return f"{self.row['arm']} ({self.row['model']}, {self.row['testbed']})"
+
+    @property
+    def deployed(self) -> bool:
+        """Whether defenses go with its policy."""
+        return self.row["deployed"]["n"] > 0
 
     @property
     def outcome(self) -> str:
@@ -137,7 +143,8 @@ def write_curve_png(paths: Iterable[str | Path], out: Path) -> Path:
             ax.text(0, 1.03, arm.outcome, transform=ax.transAxes, color=MUTED, fontsize=8)
         for ax in panels:
             ax.set_axis_off()
-        figure.supxlabel(PNG_KEY, fontsize=8, color=MUTED)
+        key = PNG_KEY + (PNG_DEPLOYED if any(arm.deployed for arm in arms) else "")
+        figure.supxlabel(key, fontsize=8, color=MUTED)
         figure.savefig(buffer, dpi=144, format="png")
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.open(buffer).convert("RGB").quantize(128).save(out, optimize=True)  # a third of the bytes
@@ -192,6 +199,9 @@ def draw_decay(ax: Axes, arm: Arm) -> None:
     for record, marker in zip(arm.records, cycle(MARKERS)):
         steps = [step for step, _ in record.curve]
         _line(ax, steps, [s["violation"] for _, s in record.curve], arm.color, marker)
+        if record.deployed:
+            x, deployed = zip(*record.deployed, strict=True)
+            _line(ax, x, [s["violation"] for s in deployed], arm.color, marker, DASHES[1][1])
         ax.plot(steps, _values([s["invalid"] for _, s in record.curve])[:, 0], color=MUTED, lw=0.9, ls=(0, (4, 2)))
         if (tip := record.summary["tipping_step"]) is not None:
             ax.axvline(tip, color=arm.color, lw=0.9, ls=(0, (1, 1.5)), zorder=1)
@@ -205,6 +215,9 @@ def _draw_rounds(ax: Axes, arm: Arm) -> None:
         (_, aligned), (_, last) = record.curve[0], record.curve[-1]
         for split, color in ((aligned, MUTED), (last, arm.color)) if len(record.curve) > 1 else ((last, arm.color),):
             _line(ax, range(1, len(split["by_round"]) + 1), [v["violation"] for v in split["by_round"]], color, marker)
+        for _, split in record.deployed[-1:]:
+            rates = [v["violation"] for v in split["by_round"]]
+            _line(ax, range(1, len(rates) + 1), rates, arm.color, marker, DASHES[1][1])
     percent_axes(ax, "round")
 
 
