@@ -29,7 +29,7 @@ from atp_rl.types import Group, InputError
 @dataclass
 class EarlyStop(Defense):
     name = "early_stop"
-    budget: float = 0.5
+    budget: float = 0.2
     """KL to the aligned policy that may be reached, in nats per reply, > 0."""
 
     def __post_init__(self) -> None:
