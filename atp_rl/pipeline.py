@@ -36,6 +36,7 @@ from atp_rl.evolve.setup import (
     training_play,
 )
 from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
+from atp_rl.predict import in_a_line, warn
 from atp_rl.recipe import POPULATIONS, Recipe, RewardOptions, check_defenses, dump, load
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
@@ -65,6 +66,8 @@ def check(recipe: Recipe) -> Suites:
         fix = "`pip install 'atp-rl[vllm]'` on a machine with a GPU, or another engine"
         raise InputError(f"`sampler.engine`: vllm is not installed; {fix}")
     _check_pairs(recipe, defenses)
+    if recipe.sampler.mode == "choice" and (asking := [defense.name for defense in defenses if defense.asks]):
+        raise InputError(f"`sampler.mode`: choice writes no text, which {asking[0]} asks for; set it to free")
     resolve_mode(recipe.track.wandb)
     name = recipe.model.name
     if name.startswith((".", "/")) and not Path(base_path(name)).is_dir():
@@ -273,6 +276,7 @@ def plan(recipe: Recipe, suites: Suites) -> list[str]:
             each = f"{e.scenarios_per_step} scenarios x {e.group_size} episodes x {rounds} rounds"
             lines.append(f"evolve: {e.steps} steps of {each}, from {e.start_from}, on {len(suites.train)} scenarios")
         lines.append(f"defenses: {', '.join(spec.name for spec in recipe.defenses) or 'none'}")
+        lines += [in_a_line(recipe, suites)] if recipe.defenses else []
         measured = f"{len(suites.held_out)} held-out and {len(suites.held_in)} held-in scenarios"
         lines.append(f"evaluate: every {recipe.evaluate.every} steps on {measured}")
     lines.append(f"track: W&B {recipe.track.wandb}")
@@ -306,6 +310,7 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         InputError: before the directory is made.
     """
     suites = check(recipe)
+    warn(recipe, suites)
     if recipe.sampler.url:
         ranks.from_first(lambda: check_service(recipe))
     if recipe.sampler.engine != "api":
@@ -397,7 +402,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
         if recipe.sampler.engine == "api":
             evolve_by_api(recipe, run, suites, report=report)
         else:
-            evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
+            evolve(recipe, run, suites, anchor=anchor_of(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
             "name": run_name(recipe),
             "seed": recipe.seed,
@@ -457,8 +462,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
-    policy, defenses = load_policy(recipe, _anchor(recipe, run), suites), check_defenses(recipe.defenses)
-    prepare(recipe, suites, policy, _anchor(recipe, run), defenses)
+    policy, defenses = load_policy(recipe, anchor_of(recipe, run), suites), check_defenses(recipe.defenses)
+    prepare(recipe, suites, policy, anchor_of(recipe, run), defenses)
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
@@ -476,7 +481,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     return records
 
 
-def _anchor(recipe: Recipe, run: Run) -> Path | None:
+def anchor_of(recipe: Recipe, run: Run) -> Path | None:
     """The directory of the adapter that evolution starts from; None is the bare base."""
     start = recipe.evolve.start_from if recipe.evolve else "aligned"
     if start != "aligned":

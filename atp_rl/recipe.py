@@ -595,7 +595,7 @@ def load(args: Sequence[str]) -> Recipe:
         is_override = "=" in arg and not os.path.isfile(arg)
         source = f"override `{arg}`" if is_override else arg
         try:
-            key, value = _read_override(arg) if is_override else ("", _read_file(arg))
+            key, value = _read_override(arg) if is_override else ("", read_mapping(arg))
             notes += [(noted, source) for noted in _walk(value, key)]
             if is_override:
                 OmegaConf.update(merged, key, value)
@@ -615,7 +615,7 @@ def load(args: Sequence[str]) -> Recipe:
         try:
             return Recipe.model_validate(OmegaConf.to_container(merged))
         except ValidationError as error:
-            problems = [_problem(detail, notes) for detail in error.errors()]
+            problems = [problem(detail, notes) for detail in error.errors()]
     raise InputError("\n".join(problems)) from None
 
 
@@ -669,6 +669,8 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
         problems += wrong
     if problems:
         raise InputError("\n".join(problems))
+    for defense in built:
+        defense.beside(built)
     return built
 
 
@@ -692,7 +694,8 @@ def _options(
     return options, wrong
 
 
-def _read_file(path: str) -> Any:
+def read_mapping(path: str) -> Any:
+    """What a YAML file of keys holds. Raises InputError, and yaml's own errors where it is not YAML."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -735,8 +738,12 @@ def _walk(value: Any, key: str) -> Iterator[str]:
             yield from _walk(inner, _dotted(key, i))
 
 
-def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
-    """One of pydantic's errors as one line: source, key, what was expected and the fix."""
+def problem(error: Any, notes: Sequence[tuple[str, str]], *, of: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's errors about an `of` as one line: source, key, what was expected and the fix.
+
+    Args:
+        notes: every key that was set, and the source that set it.
+    """
     loc = [p for p in error["loc"] if not str(p).startswith("<")]  # <...>: branch of a union
     key, owners = _dotted(*loc), [_dotted(*loc[:n]) for n in range(len(loc), 0, -1)]  # itself, its parent, ...
     setters = [[s for noted, s in notes if re.match(rf"{re.escape(o)}([.\[]|$)", noted)] for o in owners]
@@ -744,7 +751,7 @@ def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
     if error["type"] != "extra_forbidden":
         return f"{source}: `{key}` {_explain(error)}"
     parent, _, name = key.rpartition(".")
-    leaves = {k: k.rpartition(".")[2] for k in _keys(Recipe)}
+    leaves = {k: k.rpartition(".")[2] for k in _keys(of)}
     siblings = {leaf: k for k, leaf in leaves.items() if k == _dotted(parent, leaf)}
     near = siblings.get(_nearest(name, siblings) or "") or next((k for k, leaf in leaves.items() if leaf == name), None)
     hint = f"did you mean `{near}`?" if near else f"known are {', '.join(siblings)}"
