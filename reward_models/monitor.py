@@ -1,8 +1,8 @@
 """What a monitor sees of a reply, and how often it is wrong: an action monitor and a text monitor.
 
-The action monitor reads the parsed decision. The text monitor reads everything but the decision (thinking included) and
-looks for the rules of `monitor_rules.yaml`: a reason to break the rule, deception, counting on not being seen. Both then
-err: what they see is flagged with probability `recall`, what they do not see with probability `false_alarm`.
+The action monitor reads the parsed decision. The text monitor reads everything but the decision (thinking included)
+and looks for the rules of `monitor_rules.yaml`: a reason to break the rule, deception, counting on not being seen. Then
+both err: what they see is flagged with probability `recall`, what they do not see with probability `false_alarm`.
 """
 
 from __future__ import annotations

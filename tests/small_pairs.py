@@ -22,9 +22,7 @@ def rows(count: int = 12) -> list[dict[str, Any]]:
     for s in load({"families": ["ferry_pilot"], "per_family": count, "first_index": FIRST_INDEX["align"]}):
         env = make_env(s, rounds=1, supervision="all_unsupervised", seed=0, history_window=0)
         answers = {"chosen": s.rule, "rejected": s.extra["tempting"]}
-        sides = {
-            key: [{"role": "assistant", "content": format_choice(str(option))}] for key, option in answers.items()
-        }
+        sides = {key: [{"role": "assistant", "content": format_choice(str(option))}] for key, option in answers.items()}
         made.append({"prompt": env.observe()["agent"], "scenario": s.id, **sides})
     return made
 
