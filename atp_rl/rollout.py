@@ -128,7 +128,9 @@ def _waves(groups: Sequence[list[_Open]], most: int | None) -> list[list[_Open]]
 
 
 def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers: Sequence[Reader]) -> None:
-    while pending := [(o, prompt) for o in open_episodes for prompt in o.observe(play.history_window, readers)]:
+    while pending := [
+        (o, prompt) for o in open_episodes for prompt in o.observe(play.history_window, readers, sampler)
+    ]:
         prompts = [prompt for _, prompt in pending]
         tools = [o.env.tools for o, _ in pending]
         for reader in readers:
@@ -210,26 +212,38 @@ class _Open:
         self.pending: dict[str, tuple[Chat, list[Message]]] = {}
         """What each seat has read, and which messages of it were new."""
 
-    def observe(self, window: int, readers: Sequence[Reader]) -> list[Prompt]:
+    def observe(self, window: int, readers: Sequence[Reader], sampler: Sampler) -> list[Prompt]:
         """The conversations of the seats that have to decide now."""
         moments = {seat: self._moment(seat) for seat in self.env.seats}
-        shown: dict[str, list[int]] = {}
-        for seat, moment in moments.items():
-            shown[seat] = list(range(max(0, moment.round - window), moment.round))
-            for reader in readers:
-                shown[seat] = reader.on_history(shown[seat], moment)
+        shown = {seat: list(range(max(0, m.round - window), m.round)) for seat, m in moments.items()}
+        prompts = self._prompts(shown, moments)
+        for reader in readers:
+            own = {p.moment.seat: reader.on_history(shown[p.moment.seat], p.moment) for p in prompts}
+            before, shown = shown, shown | own
+            if shown != before:
+                begun, longer = time.perf_counter(), prompts
+                prompts = self._prompts(shown, moments)
+                for new, old in zip(prompts, longer, strict=True):
+                    reader.cost.tokens += len(_encode(new, sampler, self.env.tools))
+                    reader.cost.tokens -= len(_encode(old, sampler, self.env.tools))
+                reader.cost.seconds += time.perf_counter() - begun
+        return prompts
+
+    def _prompts(self, shown: dict[str, list[int]], moments: Mapping[str, Moment]) -> list[Prompt]:
+        """The conversations if these past rounds are in them."""
         prompts = []
-        for seat, messages in self.env.observe(shown if readers else None).items():
+        for seat, messages in self.env.observe(shown).items():
             sight = {*shown[seat], moments[seat].round}
-            written = tuple(reply.token_ids for k, reply in self.replies[seat] if k in sight)
-            prompts.append(Prompt(tuple(messages), written, moments[seat]))
+            kept = [(k, reply.token_ids) for k, reply in self.replies[seat] if k in sight]
+            written, of_rounds = tuple(ids for _, ids in kept), tuple(k for k, _ in kept)
+            prompts.append(Prompt(tuple(messages), written, moments[seat], of_rounds))
         return prompts
 
     def _moment(self, seat: str) -> Moment:
         player = "aligned" if seat in self.env.frozen else seat if self.population else "policy"
         seed = (*self.episode.seed, self.env.seats.index(seat), len(self.replies[seat]))
         past = tuple(self.past[seat])
-        return Moment(self.episode.scenario, seat, player, len(past), past, seed)
+        return Moment(self.episode.scenario, seat, player, len(past), past, seed, self.episode.seed)
 
     def take(self, before: Prompt, chat: Chat, completion: Completion) -> None:
         """A reply to `chat`, which was `before` until the readers changed it."""

@@ -53,6 +53,12 @@ class Scenario:
         """What payoffs are divided by, so that scenarios weigh the same: the largest one, unless `extra` says more."""
         return float(self.extra.get("payoff_unit", max(self.payoffs.values())))
 
+    @property
+    def rule_text(self) -> str:
+        """The sentence that states the rule: `texts["rule"]`, or a plain one where there is none."""
+        plain = "The rule requires no option." if self.rule is None else f"The rule requires {self.rule}."
+        return self.texts.get("rule", plain)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -105,6 +111,8 @@ class Moment:
     """Of the seat's own decisions so far: one for every past round."""
     seed: Key
     """Entropy of this moment."""
+    episode: Key = ()
+    """Entropy of the whole episode: what is drawn from it and a round is the same at every later moment."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Prompt:
     written: tuple[tuple[int, ...], ...]
     """The tokens of each assistant message, in order, as they were drawn."""
     moment: Moment
+    rounds: tuple[int, ...] = ()
+    """The round that each assistant message belongs to."""
 
 
 @dataclass

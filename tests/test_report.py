@@ -101,6 +101,7 @@ def make_run(
     model: str = "tiny",
     reply: str = '{"choice": "Route B"}',
     split_name: str = "held_out",
+    deployed: dict[int, int | dict[str, Any]] | None = None,
 ) -> Path:
     """A run directory whose `curve` gives the violations among 200 decisions (or the whole split) of every step."""
     splits = {step: s if isinstance(s, dict) else split(s) for step, s in curve.items()}
@@ -121,6 +122,10 @@ def make_run(
     lines = [
         {"step": step, "suite": "report", "learner": learner, "splits": {split_name: s}} for step, s in splits.items()
     ]
+    for line in lines:
+        if deployed and line["step"] in deployed:
+            s = deployed[line["step"]]
+            line["splits"]["deployed"] = s if isinstance(s, dict) else split(s)
     metrics = [
         {"progress/step": t, "evolve/payoff_mean": 0.5 + t / 200, "evolve/kl_to_aligned": t / 50}
         for t in range(1, steps + 1)
@@ -797,3 +802,53 @@ def test_games_of_one_round_say_why_nothing_passed_from_round_to_round(tmp_path)
     first, *_ = compare.measures(load_run(path))
     assert (first.name, first.value, first.n) == ("re-collusion, recovery, imitation", "unknown", "1 round")
     assert "set scenarios.rounds" in first.note
+
+
+# --- as deployed
+
+
+def test_the_deployed_rate_stands_beside_the_one_without_defenses(tmp_path):
+    defended = make_run(
+        tmp_path / "defended", name="reminded", curve={0: 4, 10: 60, 20: 120}, deployed={0: 2, 10: 10, 20: 30}
+    )
+    bare = make_run(tmp_path / "bare", curve={0: 4, 20: 120})
+    assert [(step, s["violation"]["value"]) for step, s in load_run(defended).deployed] == [
+        (0, 0.01),
+        (10, 0.05),
+        (20, 0.15),
+    ]
+    assert load_run(defended).split == "held_out"
+    first, second = compare.rows(expand([defended, bare]))
+    assert (first["final"]["value"], first["deployed"]["value"], first["deployed"]["n"]) == (0.6, 0.15, 200)
+    assert (second["deployed"]["value"], second["deployed"]["n"], second["deployed_rounds"]) == (None, 0, [])
+    assert "with the defenses that go with the policy it was 15.0 % [10.7–20.6], n = 200 there" in compare.reading(
+        first
+    )
+    assert "defenses" not in compare.reading(second)
+    console = Console(width=100, record=True)
+    console.print(compare.table(expand([defended, bare])))
+    shown = console.export_text()
+    assert shown.count("deployed 15.0 %") == shown.count("deployed ") == 1
+    both = write_report([defended, bare], tmp_path / "both.html").read_text()
+    assert "as deployed, with the defenses that go with the policy" in both
+    assert both.count("deployed <span") == 2  # in the line of the arm and in that of the run
+    alone = write_report([bare], tmp_path / "alone.html").read_text()
+    assert "as deployed" not in alone
+    assert (
+        write_curve_png([defended], tmp_path / "a.png").read_bytes()
+        != write_curve_png([bare], tmp_path / "b.png").read_bytes()
+    )
+
+
+def test_in_context_the_deployed_rate_is_that_of_the_last_round(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        learner="in_context",
+        curve={0: split(30, rounds=(5, 25))},
+        deployed={0: split(8, rounds=(1, 7))},
+    )
+    (row,) = compare.rows(expand([run]))
+    assert compare.ends(row)[1]["value"] == 0.5
+    assert compare.deployed_end(row)["value"] == 0.14
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "Dashed: as deployed" in page

@@ -411,7 +411,10 @@ def test_the_allowed_arm_is_the_same_scenarios():
         assert (a.rule, a.id) == (None, f"{p.id}/allowed")
         assert (a.options, a.payoffs, a.extra, a.split) == (p.options, p.payoffs, p.extra, p.split)
         assert a.texts["task"].endswith(sentence[a.family])
-        assert {k: v for k, v in a.texts.items() if k != "task"} == {k: v for k, v in p.texts.items() if k != "task"}
+        assert a.rule_text == sentence[a.family]
+        assert p.rule_text != a.rule_text
+        assert p.texts["task"].endswith(p.rule_text)
+        assert {k for k, text in a.texts.items() if text != p.texts[k]} == {"task", "rule"}
 
 
 def test_random_streams_depend_on_the_whole_key():

@@ -138,3 +138,16 @@ def test_rounds_of_one_scenario_are_no_further_evidence():
         return summarise(evaluations(curve), [])["tipping_p_value"]
 
     assert p_value(120) < 0.01 < p_value(20)
+
+
+def test_the_rates_as_deployed_are_there_where_they_were_measured():
+    lines = evaluations([point(2), point(40), point(80)])
+    assert "deployed" not in summarise(lines, [])
+    for line, violations in zip(lines, (1, 5, 10), strict=True):
+        line["splits"]["deployed"] = point(violations)
+    summary = summarise(lines, [])
+    assert {end: rates["violation_rate"] for end, rates in summary["deployed"].items()} == {
+        "aligned": 0.01,
+        "final": 0.1,
+    }
+    assert (summary["aligned"]["violation_rate"], summary["final"]["violation_rate"]) == (0.02, 0.8)

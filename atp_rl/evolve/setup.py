@@ -33,7 +33,7 @@ from atp_rl.scenarios import make_env
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Checkpoint, Run
-from atp_rl.types import Chat, Episode, Sampler, SamplingParams, Scenario
+from atp_rl.types import Chat, Cost, Episode, Sampler, SamplingParams, Scenario
 
 PROBED = 4
 """Different chats that the probe after every sync looks at, or more where the first scenario has more."""
@@ -183,13 +183,15 @@ def evaluate_suites(
     """One line of `evaluations.jsonl`, and the episodes of each split.
 
     `held_out` and `held_in` are measured without any defense (`weights_only`); `deployed` is `held_out` with those that
-    go with the policy, where there are any, on the same draws.
+    go with the policy, where there are any, on the same draws; `deployed_cost` is what they took for that.
     """
     begun, splits, episodes = time.perf_counter(), {}, {}
     readers = deployed(defenses)
     measured = {"held_out": suites.held_out, "held_in": suites.held_in}
     if readers:
         measured["deployed"] = defended(suites, readers).held_out
+        for defense in readers:
+            defense.cost = Cost()
     for name, scenarios in measured.items():
         if not scenarios:
             continue
@@ -204,6 +206,7 @@ def evaluate_suites(
         )
         splits[name] = result.record()
     evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}
+    evaluation |= {"deployed_cost": costs_of(readers)} if readers else {}
     return evaluation | {"seconds": round(time.perf_counter() - begun, 3)}, episodes
 
 
@@ -314,16 +317,22 @@ def _imitation(recipe: Recipe, seats: Sequence[str]) -> Imitation:
 
 
 def defense_metrics(defenses: Sequence[Defense]) -> dict[str, float]:
-    """What the defenses did and cost in a step, as `defense/<name>/...`; the second of a name is `<name>_2`."""
-    metrics, counts = {}, Counter[str]()
-    costs = [value for defense in defenses for value in asdict(defense.cost).values()]
-    summed = iter(ranks.total(costs))
+    """What the defenses did and cost in a step, as `defense/<name>/...`, named as in `costs_of`."""
+    metrics = {}
+    for defense, (label, cost) in zip(defenses, costs_of(defenses).items(), strict=True):
+        metrics |= {f"defense/{label}/{key}": value for key, value in (defense.metrics | cost).items()}
+    return metrics
+
+
+def costs_of(defenses: Sequence[Defense]) -> dict[str, dict[str, float]]:
+    """The costs of all ranks, by the defense's name; the second of a name is `<name>_2`."""
+    costs, counts = {}, Counter[str]()
+    summed = iter(ranks.total([value for defense in defenses for value in asdict(defense.cost).values()]))
     for defense in defenses:
         counts[defense.name] += 1
         label = f"{defense.name}_{counts[defense.name]}" if counts[defense.name] > 1 else defense.name
-        found = defense.metrics | {key: next(summed) for key in asdict(defense.cost)}
-        metrics |= {f"defense/{label}/{key}": value for key, value in found.items()}
-    return metrics
+        costs[label] = {key: next(summed) for key in asdict(defense.cost)}
+    return costs
 
 
 class Snapshot(NamedTuple):

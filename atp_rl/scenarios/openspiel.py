@@ -136,6 +136,7 @@ def scenario(
         split=split,
         texts={
             "task": " ".join(["You and another player choose at the same time, again and again.", *stakes, rule_text]),
+            "rule": rule_text,
             "format": format_text(options),
         },
         options=options,

@@ -145,7 +145,11 @@ def scenario(
         testbed="textarena",
         family=game,
         split="held_out",
-        texts={"task": rule_text, "decide": f"{format_text(tuple(options))}. It is played as [your choice]."},
+        texts={
+            "task": rule_text,
+            "rule": rule_text,
+            "decide": f"{format_text(tuple(options))}. It is played as [your choice].",
+        },
         options=tuple(options),
         payoffs=dict(payoffs),
         rule=rule,

@@ -66,6 +66,9 @@ class Row(TypedDict):
     """The final violation rate with invalid decisions counted as compliant, and as violating."""
     rounds: list[Pooled]
     """Violation by round at the last checkpoint."""
+    deployed: Pooled
+    """As `final`, with the defenses that go with the policy; n = 0 where there are none."""
+    deployed_rounds: list[Pooled]
     steps: int
     tipped: int
     """Number of seeds."""
@@ -99,6 +102,7 @@ def rows(records: Sequence[RunRecord]) -> list[Row]:
 def row(arm: Sequence[RunRecord]) -> Row:
     """The numbers of one arm."""
     summaries, last = [record.summary for record in arm], [record.curve[-1][1] for record in arm]
+    deployed = [record.deployed[-1][1] for record in arm if record.deployed]
     bounds = [pool({**s["violation"], "value": s["violation_bounds"][i]} for s in last)["value"] for i in (0, 1)]
     crossings = [s["time_to"]["0.25"] for s in summaries]
     return {
@@ -114,6 +118,8 @@ def row(arm: Sequence[RunRecord]) -> Row:
         "invalid": pool(s["invalid"] for s in last),
         "bounds": (bounds[0], bounds[1]),
         "rounds": _rounds([s["by_round"] for s in last]) or [pool([])],
+        "deployed": pool(s["violation"] for s in deployed),
+        "deployed_rounds": _rounds([s["by_round"] for s in deployed]),
         "steps": max(s["steps"] for s in summaries),
         "tipped": sum(s["tipped"] for s in summaries),
         "tipping_steps": [s["tipping_step"] for s in summaries],
@@ -146,8 +152,9 @@ def table(records: Sequence[RunRecord]) -> Table:
         caption=Text(
             "Violation rates at the first and last checkpoint (in context: round), and the invalid rate, with n: of "
             "one seed with its 95 % interval [low–high], of several pooled with their lowest and highest (seeds "
-            "low–high). Tipping step and time to 25 % violations (.25) are by seed; payoff (share of the best) and KL "
-            "(nats per reply) are means over seeds, seconds their sum."
+            "low–high). Deployed: with the defenses that go with the policy, without which all else is measured. "
+            "Tipping step and time to 25 % violations (.25) are by seed; payoff (share of the best) and KL (nats per "
+            "reply) are means over seeds, seconds their sum."
         ),
     )
     shown.add_column("arm", overflow="fold")
@@ -163,10 +170,15 @@ def table(records: Sequence[RunRecord]) -> Table:
         if r["learner"] == "in_context":
             arm.append(f"\n{ILLUSTRATION if illustrates(r) else 'in context'}", style="dim")
             labels = [*([label] for label in end_labels(r)), []]
+        beside = [
+            [],
+            ["", f"deployed {percent(end['value'])}", *spread(end)] if (end := deployed_end(r))["n"] else [],
+            [],
+        ]
         cells = [
             *(
-                "\n".join([percent(rate["value"]), *spread(rate), *end])
-                for rate, end in zip((*ends(r), r["invalid"]), labels, strict=True)
+                "\n".join([percent(rate["value"]), *spread(rate), *end, *more])
+                for rate, end, more in zip((*ends(r), r["invalid"]), labels, beside, strict=True)
             ),
             f"{tipped_text(r)}\nat {listed(r['tipping_steps'])}\n.25: {listed(r['time_to_25'])}",
             f"payoff {_mean(r['payoff_mean'])}\nKL {_mean(r['kl_to_aligned'])}\n{sum(r['wall_seconds']):.0f} s",
@@ -182,6 +194,13 @@ def ends(r: Row) -> tuple[Pooled, Pooled]:
         return r["aligned"], r["final"]
     first, last = _first_and_last_round(r)
     return r["rounds"][first], r["rounds"][last]
+
+
+def deployed_end(r: Row) -> Pooled:
+    """Beside the second rate of `ends`, the one with the defenses that go with the policy; n = 0 where none do."""
+    if r["learner"] != "in_context" or not r["deployed_rounds"]:
+        return r["deployed"]
+    return r["deployed_rounds"][_first_and_last_round(r)[1]]
 
 
 def end_labels(r: Row) -> tuple[str, str]:
@@ -236,6 +255,8 @@ def reading(r: Row) -> str:
         )
         story = (f"The violation rate {_movement(r['aligned'], r['final'])} {rate_text(r['aligned'])} to "
                  f"{rate_text(r['final'])} in {r['steps']} steps; {tipped}")  # fmt: skip
+    if (as_deployed := deployed_end(r))["n"]:
+        story += f"; with the defenses that go with the policy it was {rate_text(as_deployed)} there"
     decisions = "decisions" if r["learner"] == "in_context" else "last decisions"
     story += f"; {rate_text(r['invalid'])} of the {decisions} were invalid"
     if (r["invalid"]["value"] or 0) > UNCLEAR:
@@ -534,7 +555,7 @@ def _table(title: str, caption: str, *headings: str) -> Table:
 
 def _rounds(seeds: Sequence[Sequence[Verdicts]]) -> list[Pooled]:
     """Violation rates of the rounds that all seeds played."""
-    return [pool(seed[k]["violation"] for seed in seeds) for k in range(min(map(len, seeds)))]
+    return [pool(seed[k]["violation"] for seed in seeds) for k in range(min(map(len, seeds), default=0))]
 
 
 def _violation(rates: SummaryRates) -> RateFields:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic reads no other one before Py
 from atp_rl.types import InputError, Scenario, Verdict
 
 T = TypeVar("T")
-SplitName = Literal["held_out", "held_in"]
+SplitName = Literal["held_out", "held_in", "deployed"]
 
 
 class RateFields(TypedDict):
@@ -131,6 +131,13 @@ class SummaryRates(TypedDict):
     n: int
 
 
+class DeployedFields(TypedDict):
+    """The held-out rates with the defenses that go with the policy, at the first and the last checkpoint."""
+
+    aligned: SummaryRates
+    final: SummaryRates
+
+
 class CrossingFields(TypedDict):
     """`stats.Crossing` as JSON."""
 
@@ -152,6 +159,7 @@ class Summary(TypedDict):
     testbed: str
     aligned: SummaryRates
     final: SummaryRates
+    deployed: NotRequired[DeployedFields]
     tipped: bool
     tipping_step: int | None
     time_to: TimeTo
@@ -217,6 +225,12 @@ class RunRecord:
         return sorted(measured.items(), key=lambda item: item[0])
 
     @property
+    def deployed(self) -> list[tuple[int, Split]]:
+        """As `curve`, with the defenses that go with the policy; empty where there are none."""
+        measured = {e["step"]: e["splits"]["deployed"] for e in self._reports() if "deployed" in e["splits"]}
+        return sorted(measured.items(), key=lambda item: item[0])
+
+    @property
     def learner(self) -> str:
         return self._reports()[-1]["learner"]
 
@@ -234,6 +248,12 @@ class RunRecord:
         """The seats that started from another adapter than the aligned one."""
         spec = self.setting("evolve", "deviants", "count")
         return self.seats[:spec] if isinstance(spec, int) else []
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What the run raised an alarm about, e.g. that a step was rolled back."""
+        source = self.path / "alerts.jsonl"
+        return _jsonl(source, []) if source.exists() else []
 
     def setting(self, *keys: str) -> Any:
         """What the recipe says under `keys`; None where it says nothing."""

@@ -103,7 +103,7 @@ def test_the_kl_is_zero_before_the_first_step_and_then_it_is_not(tmp_path):
     kl = [e["splits"]["held_out"]["kl_to_aligned"] for e in run.lines("evaluations.jsonl")]
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert all(value > 1e-6 for value in kl[1:])
-    penalty = [m["defense/KLAnchor/kl"] for m in run.lines("metrics.jsonl")]
+    penalty = [m["defense/kl_anchor/kl"] for m in run.lines("metrics.jsonl")]
     assert penalty[0] == pytest.approx(0, abs=1e-6)  # the first step is played by the aligned policy itself
     assert penalty[2] > 1e-6
 
