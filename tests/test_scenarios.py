@@ -412,7 +412,8 @@ def test_the_allowed_arm_is_the_same_scenarios():
         assert (a.options, a.payoffs, a.extra, a.split) == (p.options, p.payoffs, p.extra, p.split)
         assert a.texts["task"].endswith(sentence[a.family])
         assert a.rule_text == sentence[a.family]
-        assert p.rule_text != a.rule_text and p.texts["task"].endswith(p.rule_text)
+        assert p.rule_text != a.rule_text
+        assert p.texts["task"].endswith(p.rule_text)
         assert {k for k, text in a.texts.items() if text != p.texts[k]} == {"task", "rule"}
 
 

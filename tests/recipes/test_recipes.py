@@ -20,7 +20,8 @@ BASES = [RECIPES / "tiny" / f"{testbed}.yaml" for testbed in ("role_play", "coll
 PAPER = sorted((RECIPES / "paper").rglob("*.yaml"))
 TINY_MODEL = RECIPES / "tiny" / "model.yaml"
 EIGHT_B = sorted(path for model in ("qwen3-8b", "llama3.1-8b") for path in (RECIPES / model).glob("*.yaml"))
-OVERLAYS = sorted(set(RECIPES.rglob("*.yaml")) - {*BASES, *PAPER, *EIGHT_B, TINY_MODEL})
+STUDIES = (RECIPES / "studies").glob("*.yaml")  # tests/test_study.py has them
+OVERLAYS = sorted(set(RECIPES.rglob("*.yaml")) - {*BASES, *PAPER, *EIGHT_B, *STUDIES, TINY_MODEL})
 TINY = BASES + [path for path in OVERLAYS if path.parent.name in ("tiny", "defenses")]
 
 
