@@ -60,8 +60,10 @@ def run(
     if dry_run:
         from atp_rl.launch import promise
         from atp_rl.memory_plan import memory_lines
+        from atp_rl.predict import warn
 
         suites = pipeline.check(resolved)
+        warn(resolved, suites)
         Run.check_new(Path(resolved.run.dir))
         count, wrapper = promise(launch, resolved) if launch else (1, "none")
         shards = count if wrapper in ("fsdp2", "zero3") else 1
@@ -136,6 +138,74 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    recipe: RecipeArgs,
+    p0: Annotated[
+        float | None, typer.Option("--p0", help="Violation rate when aligned; default: the recipe's own run's, or .01.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Finished runs to lay beside their predictions; repeatable.")
+    ] = None,
+    scale_by: Annotated[
+        Path | None, typer.Option("--scale-by", help="Run that calibrates the model's unit of time, for --against.")
+    ] = None,
+) -> None:
+    """What theory expects: where violations settle, when they tip, and which defenses hold. Loads no model."""
+    from atp_rl import pipeline
+    from atp_rl.predict import NoPrediction, predict
+    from atp_rl.predict_runs import against as beside
+    from atp_rl.predict_tables import tables
+    from atp_rl.recipe import load
+
+    if scale_by and not against:
+        raise InputError("--scale-by: is for --against; leave it out")
+    resolved = load(recipe)
+    try:
+        shown = tables(predict(resolved, pipeline.check(resolved), p0=p0), resolved.defenses)
+    except NoPrediction as reason:
+        shown = [f"no prediction: {reason}"]
+    for each in [*shown, *(beside(against, scale_by) if against else [])]:
+        _print(each)
+
+
+@app.command()
+def reward_model(
+    recipe: RecipeArgs,
+    out: Annotated[Path, typer.Option(help="Directory of the reward model.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="Pairs to train on, e.g. RUN/aligned/pairs.jsonl; default: they are made.")
+    ] = None,
+) -> None:
+    """Train a reward model on preference pairs; `evolve.reward_options.preference.model=DIR` uses it."""
+    from atp_rl import pipeline
+    from atp_rl.recipe import load
+
+    metrics = pipeline.reward_model(load([*recipe, "evolve=null"]), out, pairs)
+    accuracy = metrics["accuracy"]
+    interval = f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}], n {accuracy['n']}"
+    _print(f"right on {accuracy['value']:.1%} {interval} of the pairs of held-out families\n{out}")
+
+
+@app.command()
+def sweep(
+    path: RunDir,
+    checkpoint: Annotated[int, typer.Option(help="Its step.")],
+    alphas: Annotated[str, typer.Option(help="Shares of the update since alignment.")] = "0,0.25,0.5,0.75,1",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Recipe override, e.g. evaluate.per_family=24.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint with its update since alignment scaled: a Pareto curve without training."""
+    from atp_rl import sweep as stage
+
+    try:
+        shares = [float(alpha) for alpha in alphas.split(",")]
+    except ValueError:
+        raise InputError(f"--alphas {alphas}: give numbers with commas between them, e.g. 0,0.5,1") from None
+    _print(stage.sweep_table(stage.sweep(path, checkpoint, shares, override or [])))
+
+
+@app.command()
 def report(
     runs: RunDirs, out: Annotated[Path | None, typer.Option(help="HTML file; default RUN/report.html.")] = None
 ) -> None:
@@ -149,16 +219,53 @@ def report(
 
 @app.command()
 def compare(
-    runs: RunDirs,
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or a study's file or directory.")],
     paper: Annotated[bool, typer.Option("--paper", help="Beside the figures of arXiv 2510.04860 instead.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Of a study: its arms and (in a file beside it) contrasts.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Of a study: the tables for booktabs.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Of a study: tables and pictures in one page.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Of a study: a folder for its pictures as SVG.")] = None,
 ) -> None:
-    """Print the tables of one or several runs."""
+    """Print the tables of one or several runs, or the league table of a study."""
+    from atp_rl.studies.file import study_folder
+
+    if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
+        _league(folder, csv=csv, latex=latex, html=html, figures=figures)
+        return
+    if csv or latex or html or figures:
+        raise InputError("--csv, --latex, --html and --figures are for one study: give its file or directory alone")
     from atp_rl.tracking.compare import tables
     from atp_rl.tracking.paper import paper_tables
     from atp_rl.tracking.read import expand
 
     for shown in paper_tables(expand(runs)) if paper else tables(expand(runs)):
         _print(shown)
+
+
+def _league(folder: Path, *, csv: Path | None, latex: Path | None, html: Path | None, figures: Path | None) -> None:
+    from atp_rl.tracking import league_show
+    from atp_rl.tracking.league import read_league
+
+    league = read_league(folder)
+    _print(league_show.headline(league))
+    for shown in league_show.tables(league):
+        _print(shown)
+    if csv:
+        with _writing(csv):
+            _print("\n".join(map(str, league_show.write_csv(league, csv))))
+    if latex:
+        with _writing(latex):
+            latex.write_text(league_show.latex(league), "utf-8")
+        _print(latex)
+    if html or figures:
+        from atp_rl.tracking.league_picture import write_figures, write_html
+
+        if html:
+            with _writing(html):
+                _print(write_html(league, html))
+        if figures:
+            with _writing(figures):
+                _print("\n".join(map(str, write_figures(league, figures))))
 
 
 @app.command()
@@ -184,6 +291,41 @@ def demo(
     from atp_rl.demo import run_demo
 
     run_demo(out, workers=workers)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file, e.g. recipes/studies/defenses.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of its runs; default: the file's `dir`.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 2,
+    launcher: Annotated[Literal["local", "slurm"], typer.Option(help="Here, or as job arrays of Slurm.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print what would run; write nothing.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Run the members of this arm alone; may be repeated.")] = None,
+    member: Annotated[str | None, typer.Option(help="Run this one run alone, as a task of a job array does.")] = None,
+) -> None:
+    """Run what is missing of a study, resume what was interrupted; the same command continues until all is there."""
+    from atp_rl.studies import local, slurm
+    from atp_rl.studies.file import find_sources, read_study
+    from atp_rl.studies.members import choose, plan
+    from atp_rl.studies.show import plan_lines
+
+    path = Path(find_sources([str(file)])[0])
+    whole = plan(read_study(path), out)
+    part = choose(whole, only or [])
+    if dry_run:
+        print("\n".join(plan_lines(part)))
+    if launcher == "slurm":
+        slurm.submit(part, path, whole=whole, dry_run=dry_run)
+    if dry_run or launcher == "slurm":
+        return
+    outcome = local.run_one(whole, member) if member else local.run_study(part, workers=workers, whole=whole)
+    _print(part.folder)
+    if outcome.failed:
+        for name, end in outcome.failed.items():
+            print(f"\natp: {name} failed: {end}", file=sys.stderr)
+        if outcome.not_started:
+            print(f"\natp: not started, for want of an alignment: {', '.join(outcome.not_started)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

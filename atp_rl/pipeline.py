@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import reward_models
 from atp_rl import ranks
-from atp_rl.align import run_alignment
+from atp_rl.align import pair_supervision, run_alignment
 from atp_rl.align.conversation import best_paid_option
+from atp_rl.align.reward_model import train_reward_model
 from atp_rl.align.trainer import trl_config
 from atp_rl.defenses import Defense
 from atp_rl.evolve.in_context_api import evolve_by_api
@@ -35,7 +36,8 @@ from atp_rl.evolve.setup import (
     training_play,
 )
 from atp_rl.model.policy import base_path, check_adapter, check_model, read_adapters
-from atp_rl.recipe import POPULATIONS, Recipe, check_defenses, dump, load
+from atp_rl.predict import in_a_line, warn
+from atp_rl.recipe import POPULATIONS, Recipe, RewardOptions, check_defenses, dump, load
 from atp_rl.scenarios import make_env
 from atp_rl.scenarios.sandbox import Sandbox
 from atp_rl.scenarios.suites import Suites, make_suites
@@ -91,9 +93,10 @@ def check(recipe: Recipe) -> Suites:
         )
     if recipe.evolve:
         for reward in recipe.evolve.rewards:
-            if reward not in reward_models.REWARD_MODELS:
-                known = ", ".join(reward_models.REWARD_MODELS)
+            if reward not in reward_models.NAMES:
+                known = ", ".join(reward_models.NAMES)
                 raise InputError(f"`evolve.rewards`: unknown reward model {reward!r}; known: {known}")
+        reward_models.make(recipe.evolve.rewards, recipe.evolve.reward_options.model_dump(), folder=Path())
     return suites
 
 
@@ -212,7 +215,18 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     if evolve and evolve.deviants:
         deviants = evolve.deviants.model_copy(update={"adapter": absolute(evolve.deviants.adapter)})
         evolve = evolve.model_copy(update={"deviants": deviants})
+    if evolve:
+        evolve = evolve.model_copy(update={"reward_options": _absolute_rewards(evolve.reward_options)})
     return recipe.model_copy(update={"model": model, "scenarios": world, "align": align, "evolve": evolve})
+
+
+def _absolute_rewards(options: RewardOptions) -> RewardOptions:
+    preference, judge = options.preference, options.judge
+    if preference:
+        preference = preference.model_copy(update={"model": os.path.abspath(preference.model)})
+    if judge and judge.cache:
+        judge = judge.model_copy(update={"cache": os.path.abspath(judge.cache)})
+    return options.model_copy(update={"preference": preference, "judge": judge})
 
 
 def suites_of(recipe: Recipe, *, trained_on: bool | None = None) -> Suites:
@@ -262,10 +276,20 @@ def plan(recipe: Recipe, suites: Suites) -> list[str]:
             each = f"{e.scenarios_per_step} scenarios x {e.group_size} episodes x {rounds} rounds"
             lines.append(f"evolve: {e.steps} steps of {each}, from {e.start_from}, on {len(suites.train)} scenarios")
         lines.append(f"defenses: {', '.join(spec.name for spec in recipe.defenses) or 'none'}")
+        lines += [in_a_line(recipe, suites)] if recipe.defenses else []
         measured = f"{len(suites.held_out)} held-out and {len(suites.held_in)} held-in scenarios"
         lines.append(f"evaluate: every {recipe.evaluate.every} steps on {measured}")
     lines.append(f"track: W&B {recipe.track.wandb}")
     return lines
+
+
+def reward_model(recipe: Recipe, out: Path, pairs: Path | None = None) -> dict[str, Any]:
+    """Train a reward model on the recipe's model; see `align.reward_model.train_reward_model`."""
+    ranks.join()
+    if ranks.world_size() > 1:
+        raise InputError("a reward model is trained by one process; start `atp reward-model` without a launcher")
+    suites = check(recipe)
+    return train_reward_model(recipe, suites, out, lora=lora_config(recipe), pairs_file=pairs)
 
 
 def run(recipe: Recipe) -> Path:
@@ -286,6 +310,7 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
         InputError: before the directory is made.
     """
     suites = check(recipe)
+    warn(recipe, suites)
     if recipe.sampler.url:
         ranks.from_first(lambda: check_service(recipe))
     if recipe.sampler.engine != "api":
@@ -293,6 +318,8 @@ def start(recipe: Recipe) -> tuple[Run, Suites]:
     recipe = with_absolute_paths(recipe)
     world = recipe.scenarios
     inputs = [Path(file) for file in (world.paper, world.file) if file]
+    if recipe.evolve and (learned := recipe.evolve.reward_options.preference):
+        inputs.append(Path(learned.model) / "adapter_model.safetensors")
     return ranks.from_first(lambda: Run.create(Path(recipe.run.dir), dump(recipe), inputs=inputs)), suites
 
 
@@ -375,7 +402,7 @@ def _stages(recipe: Recipe, run: Run, suites: Suites, *, stage: Stage | None = N
         if recipe.sampler.engine == "api":
             evolve_by_api(recipe, run, suites, report=report)
         else:
-            evolve(recipe, run, suites, anchor=_anchor(recipe, run), stop=lambda: bool(stop), report=report)
+            evolve(recipe, run, suites, anchor=anchor_of(recipe, run), stop=lambda: bool(stop), report=report)
         identity = {
             "name": run_name(recipe),
             "seed": recipe.seed,
@@ -435,8 +462,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
-    policy, defenses = load_policy(recipe, _anchor(recipe, run), suites), check_defenses(recipe.defenses)
-    prepare(recipe, suites, policy, _anchor(recipe, run), defenses)
+    policy, defenses = load_policy(recipe, anchor_of(recipe, run), suites), check_defenses(recipe.defenses)
+    prepare(recipe, suites, policy, anchor_of(recipe, run), defenses)
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}
     records = []
@@ -454,7 +481,7 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
     return records
 
 
-def _anchor(recipe: Recipe, run: Run) -> Path | None:
+def anchor_of(recipe: Recipe, run: Run) -> Path | None:
     """The directory of the adapter that evolution starts from; None is the bare base."""
     start = recipe.evolve.start_from if recipe.evolve else "aligned"
     if start != "aligned":
@@ -490,7 +517,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]
             trl_options=settings.trl,
             seed=recipe.seed,
             rounds=settings.rounds,
-            supervision="all_unsupervised" if settings.rounds == 1 else "random",
+            supervision=pair_supervision(settings.rounds),
             history_window=recipe.scenarios.history_window,
             tries=settings.tries,
             sampling=SamplingParams(settings.max_new_tokens),
@@ -499,6 +526,7 @@ def _align(recipe: Recipe, run: Run, suites: Suites, *, stop: Callable[[], bool]
             dtype=recipe.model.dtype,
             thinking=recipe.model.thinking,
             quantize=recipe.model.quantize,
+            robust=settings.robust.model_dump() if settings.robust else None,
             at_step=at_step,
         )
 

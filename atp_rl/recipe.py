@@ -184,6 +184,21 @@ class Scenarios(_Strict):
         return file
 
 
+class RobustAlign(_Strict):
+    """What makes alignment by GRPO last longer (`atp_rl/align/robust.py`)."""
+
+    entropy: Positive | None = None
+    """Weight of the replies' mean entropy (nats) in the loss, which GRPO then lowers (after TokenBuncher)."""
+    frpo_lambda: Positive | None = None
+    """Weigh samples by exp(-advantage / this), as for the worst policy in a KL ball (FRPO); its source takes 1."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> RobustAlign:
+        if self.entropy is None and self.frpo_lambda is None:
+            raise ValueError("needs `entropy` or `frpo_lambda`, e.g. {entropy: 0.1}; null is plain GRPO")
+        return self
+
+
 class Align(_Strict):
     """Alignment before evolution, by one of TRL's trainers."""
 
@@ -201,6 +216,18 @@ class Align(_Strict):
     """Directory of an aligned adapter to use as it is; training is skipped."""
     trl: dict[str, Any] = {}
     """Options of TRL's config for this method, passed verbatim."""
+    robust: RobustAlign | None = None
+    """For the method grpo; null is none."""
+
+    @field_validator("robust")
+    @classmethod
+    def _has_rewards(cls, robust: RobustAlign | None, info: ValidationInfo) -> RobustAlign | None:
+        if robust and info.data.get("method", "grpo") != "grpo":
+            raise ValueError("works on sampled replies, as only grpo has; set `align.method` to grpo, or this to null")
+        twice = {"entropy_coef", "use_adaptive_entropy"} & {*info.data.get("trl", {})}
+        if robust and robust.entropy and twice:
+            raise ValueError(f"sets the entropy's weight, and so does `align.trl.{min(twice)}`; leave one of them out")
+        return robust
 
     @model_validator(mode="after")
     def _trains_or_loads(self) -> Align:
@@ -229,8 +256,69 @@ class Imitation(_Strict):
     """Of the imitation loss beside the policy gradient."""
 
 
+class RewardModel(_Strict):
+    """How `atp reward-model` trains one, on pairs made as `align` says."""
+
+    trl: dict[str, Any] = {}
+    """Options of TRL's RewardConfig, passed verbatim."""
+
+
 POPULATIONS = ("population", "imitation")
 """Learners with one adapter for every seat."""
+
+
+class MonitorOptions(_Strict):
+    """What the reward model `monitor` sees, and how often it is wrong."""
+
+    kind: Literal["action", "text"] = "action"
+    """Reads the decision (action), or all but the decision (text)."""
+    recall: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Chance that what it sees is flagged."""
+    false_alarm: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that a reply in which it sees nothing is flagged all the same."""
+
+
+class PreferenceOptions(_Strict):
+    """The reward model `preference`."""
+
+    model: Name
+    """Directory that `atp reward-model` wrote."""
+    batch_size: Count = 64
+    """Conversations that are scored at once."""
+
+
+class JudgeOptions(_Strict):
+    """The reward model `judge`: a model behind an OpenAI-compatible API."""
+
+    url: Annotated[str, Field(pattern="^https?://")]
+    """Root of the API, e.g. http://127.0.0.1:8000/v1."""
+    model: Name
+    """The model's name there."""
+    api_key_env: Name | None = None
+    """Name of the environment variable that holds the key; null sends none."""
+    requests_per_minute: Positive | None = None
+    """Questions are sent no faster than this; null is as fast as they are answered."""
+    max_requests: Count | None = None
+    """Most questions that are ever sent for this `cache`; when they are spent the run stops. Null is no limit."""
+    max_tokens: Count | None = None
+    """Stop when the service has counted so many tokens, as with `max_requests`; null is no limit."""
+    cache: Name | None = None
+    """File (SQLite) of the answers and of what was spent; null is `judge.sqlite` in the run directory."""
+    timeout_s: Positive = 120.0
+    """Longest that one request may take, in seconds."""
+    concurrency: Count = 16
+    """Requests under way at once."""
+
+
+class RewardOptions(_Strict):
+    """Options of the reward models in `evolve.rewards` that have any."""
+
+    monitor: MonitorOptions | None = None
+    """Null is an action monitor that never errs."""
+    preference: PreferenceOptions | None = None
+    """Needed for `preference`."""
+    judge: JudgeOptions | None = None
+    """Needed for `judge`."""
 
 
 class Evolve(_Strict):
@@ -275,10 +363,32 @@ class Evolve(_Strict):
     """Sampling temperature."""
     rewards: Annotated[dict[Name, float], Field(min_length=1)] = {"payoff": 1.0}
     """Entries of `reward_models` and their weights in the sum."""
+    reward_options: Annotated[RewardOptions, Field(validate_default=True)] = RewardOptions()
+    """Options of those that have any, by name."""
     deviants: Deviants | None = None
     """Seats that start from another adapter, for learners with one adapter a seat; null is none."""
     imitation: Imitation | None = None
     """For the learner `imitation`; null is its defaults."""
+
+    @field_validator("reward_options")
+    @classmethod
+    def _belong_to_rewards(cls, options: RewardOptions, info: ValidationInfo) -> RewardOptions:
+        given, rewards = {name for name, value in options if value is not None}, info.data.get("rewards")
+        if rewards is None:  # they are wrong themselves
+            return options
+        if unused := sorted(given - rewards.keys()):
+            raise ValueError(
+                f"has {unused[0]}, which is not in `evolve.rewards`; add it there, or leave its options out"
+            )
+        if open_ := sorted(({"preference", "judge"} & rewards.keys()) - given):
+            raise ValueError(
+                {
+                    "preference": "needs preference.model for `evolve.rewards.preference`: a directory that "
+                    "`atp reward-model RECIPE... --out DIR` wrote",
+                    "judge": "needs judge.url and judge.model for `evolve.rewards.judge`",
+                }[open_[0]]
+            )
+        return options
 
     @field_validator("gradient_checkpointing")
     @classmethod
@@ -441,6 +551,7 @@ class Recipe(_Strict):
     scenarios: Scenarios = Scenarios()
     align: Align | None = None
     """Null skips alignment."""
+    reward_model: RewardModel = RewardModel()
     evolve: Evolve | None = None
     """Null skips evolution."""
     sampler: Sampler = Sampler()
@@ -484,7 +595,7 @@ def load(args: Sequence[str]) -> Recipe:
         is_override = "=" in arg and not os.path.isfile(arg)
         source = f"override `{arg}`" if is_override else arg
         try:
-            key, value = _read_override(arg) if is_override else ("", _read_file(arg))
+            key, value = _read_override(arg) if is_override else ("", read_mapping(arg))
             notes += [(noted, source) for noted in _walk(value, key)]
             if is_override:
                 OmegaConf.update(merged, key, value)
@@ -504,7 +615,7 @@ def load(args: Sequence[str]) -> Recipe:
         try:
             return Recipe.model_validate(OmegaConf.to_container(merged))
         except ValidationError as error:
-            problems = [_problem(detail, notes) for detail in error.errors()]
+            problems = [problem(detail, notes) for detail in error.errors()]
     raise InputError("\n".join(problems)) from None
 
 
@@ -520,14 +631,24 @@ def json_schema() -> dict[str, Any]:
 
 def check_trl_options(method: str, options: Mapping[str, Any]) -> None:
     """Raise InputError unless TRL's config for this method has these options, with such types. Imports TRL: slow."""
-    import trl
-
-    config = {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig}[method]
-    problems = [f"`align.trl.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
+    config, key = trl_config_class(method), trl_key(method)
+    problems = [f"`{key}.{o}` is set by atp_rl; remove it" for o in options if o in RESERVED]
     free = {option: value for option, value in options.items() if option not in RESERVED}
-    _, wrong = _options(config, free, at="align.trl", of=f"trl.{config.__name__}", hidden=RESERVED)
+    _, wrong = _options(config, free, at=key, of=f"trl.{config.__name__}", hidden=RESERVED)
     if problems + wrong:
         raise InputError("\n".join(problems + wrong))
+
+
+def trl_config_class(method: str) -> Any:
+    """TRL's config for a method of alignment, or for `reward`, a reward model. Imports TRL: slow."""
+    import trl
+
+    return {"dpo": trl.DPOConfig, "grpo": trl.GRPOConfig, "sft": trl.SFTConfig, "reward": trl.RewardConfig}[method]
+
+
+def trl_key(method: str) -> str:
+    """Where a recipe holds TRL's options for it."""
+    return "reward_model.trl" if method == "reward" else "align.trl"
 
 
 def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
@@ -548,6 +669,8 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
         problems += wrong
     if problems:
         raise InputError("\n".join(problems))
+    for defense in built:
+        defense.beside(built)
     return built
 
 
@@ -571,7 +694,8 @@ def _options(
     return options, wrong
 
 
-def _read_file(path: str) -> Any:
+def read_mapping(path: str) -> Any:
+    """What a YAML file of keys holds. Raises InputError, and yaml's own errors where it is not YAML."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -614,8 +738,12 @@ def _walk(value: Any, key: str) -> Iterator[str]:
             yield from _walk(inner, _dotted(key, i))
 
 
-def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
-    """One of pydantic's errors as one line: source, key, what was expected and the fix."""
+def problem(error: Any, notes: Sequence[tuple[str, str]], *, of: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's errors about an `of` as one line: source, key, what was expected and the fix.
+
+    Args:
+        notes: every key that was set, and the source that set it.
+    """
     loc = [p for p in error["loc"] if not str(p).startswith("<")]  # <...>: branch of a union
     key, owners = _dotted(*loc), [_dotted(*loc[:n]) for n in range(len(loc), 0, -1)]  # itself, its parent, ...
     setters = [[s for noted, s in notes if re.match(rf"{re.escape(o)}([.\[]|$)", noted)] for o in owners]
@@ -623,7 +751,7 @@ def _problem(error: Any, notes: Sequence[tuple[str, str]]) -> str:
     if error["type"] != "extra_forbidden":
         return f"{source}: `{key}` {_explain(error)}"
     parent, _, name = key.rpartition(".")
-    leaves = {k: k.rpartition(".")[2] for k in _keys(Recipe)}
+    leaves = {k: k.rpartition(".")[2] for k in _keys(of)}
     siblings = {leaf: k for k, leaf in leaves.items() if k == _dotted(parent, leaf)}
     near = siblings.get(_nearest(name, siblings) or "") or next((k for k, leaf in leaves.items() if leaf == name), None)
     hint = f"did you mean `{near}`?" if near else f"known are {', '.join(siblings)}"

@@ -180,8 +180,8 @@ def stop_before(step: int) -> Callable[[], bool]:
 
 def reproducible(metrics: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on the clock."""
-    clocks = ("time/", "rollout/tokens_per_s", "defense/KLAnchor/seconds", "seconds")
-    return {key: value for key, value in metrics.items() if not key.startswith(clocks)}
+    clocks = ("time/", "rollout/tokens_per_s", "seconds")
+    return {k: v for k, v in metrics.items() if not k.startswith(clocks) and not k.endswith("/seconds")}
 
 
 def checkpoint_files(run: Run, step: int) -> dict[str, bytes]:

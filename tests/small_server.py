@@ -68,7 +68,8 @@ class SmallServer:
         self.keys: set[str] = set()
         """The `Authorization` of all requests."""
         self.errors = 0
-        """So many of the next requests are answered with status 500."""
+        """So many of the next requests are answered with `error_status`."""
+        self.error_status = 500
         self.delay_s = 0.0
         self.leave_out: set[str] = set()
         """Fields of a completion that the server does not know."""
@@ -80,6 +81,8 @@ class SmallServer:
         self.loads_adapters = True
         self.says: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {"content": "I do not know."}
         """The message that answers a request for a chat completion."""
+        self.tokens = 0
+        """What every chat completion counts as used; 0 is left out."""
 
     @property
     def loaded(self) -> list[str]:
@@ -91,7 +94,7 @@ class SmallServer:
         time.sleep(self.delay_s)
         if self.errors:
             self.errors -= 1
-            return 500, b'{"error": {"message": "try again"}}'
+            return self.error_status, b'{"error": {"message": "try again"}}'
         if path == "/v1/models":
             return 200, json.dumps({"object": "list", "data": [{"id": name} for name in self.engine.models]}).encode()
         if path == "/v1/load_lora_adapter" and self.loads_adapters:
@@ -110,7 +113,8 @@ class SmallServer:
             return 200, self.raw or json.dumps(self._complete(body)).encode()
         if path == "/v1/chat/completions":
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"} | self.says(body)}
-            return 200, self.raw or json.dumps({"model": body["model"], "choices": [choice]}).encode()
+            counted = {"usage": {"total_tokens": self.tokens}} if self.tokens else {}
+            return 200, self.raw or json.dumps({"model": body["model"], "choices": [choice]} | counted).encode()
         return 404, b'{"detail": "Not Found"}'
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:

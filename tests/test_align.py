@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 
 from atp_rl.align import dpo, grpo, run_alignment, sft
 from atp_rl.align.preferences import make_pairs, read_jsonl, write_jsonl
+from atp_rl.align.trainer import Training
 from atp_rl.model.chat import ChatFormat
 from atp_rl.model.policy import Policy, check_adapter, hash_tensors, load_base, load_chat
 from atp_rl.model.sampler import HFSampler, TextSampler
@@ -243,7 +244,7 @@ def test_the_same_seed_gives_the_same_adapter_and_plain_peft_loads_it(method, ba
     pairs, _, _ = pairs_of([scenario(index) for index in range(4)], plain)
     before = hash_tensors(dict(load_base(base).named_parameters()))
     made = {
-        name: TRAIN[method](base, pairs, out=tmp_path / name, lora=lora, trl_options=OPTIONS_OF[method], seed=seed)
+        name: TRAIN[method](pairs, Training(base, tmp_path / name, lora, OPTIONS_OF[method], seed))
         for name, seed in {"a": 0, "again": 0, "b": 1}.items()
     }
     assert made["a"]["adapter_sha256"] == made["again"]["adapter_sha256"] != made["b"]["adapter_sha256"]
@@ -268,7 +269,7 @@ def test_the_same_seed_gives_the_same_adapter_and_plain_peft_loads_it(method, ba
 def test_the_reference_of_dpo_is_the_base(base, lora, tmp_path):
     pairs, _, _ = pairs_of([scenario()], plain)
     options = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "beta": 0.5, "lr_scheduler_type": "constant"}
-    dpo.train(base, pairs, out=tmp_path, lora=lora, trl_options=options, seed=0)
+    dpo.train(pairs, Training(base, tmp_path, lora, options, seed=0))
     steps = logged(tmp_path)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # no difference yet: -log sigmoid(0)
     assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
@@ -296,7 +297,7 @@ def probability_to_comply(base, lora, pairs, aligned=None):
 def test_grpo_rewards_compliance_and_measures_kl_from_the_base(base, lora, tmp_path):
     pairs, prompts, _ = pairs_of([scenario(index) for index in range(2)], plain)
     options = OPTIONS_OF["grpo"] | {"max_steps": 12, "num_generations": 8, "per_device_train_batch_size": 16}
-    grpo.train(base, prompts, out=tmp_path, lora=lora, trl_options=options, seed=0)
+    grpo.train(prompts, Training(base, tmp_path, lora, options, seed=0))
     steps = logged(tmp_path)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["kl"] > 1e-3
@@ -307,7 +308,7 @@ def test_grpo_rewards_compliance_and_measures_kl_from_the_base(base, lora, tmp_p
 
 def test_sft_raises_the_compliant_answer(base, lora, tmp_path):
     pairs, _, _ = pairs_of([scenario()], plain)
-    sft.train(base, pairs, out=tmp_path, lora=lora, trl_options=OPTIONS | {"max_steps": 16}, seed=0)
+    sft.train(pairs, Training(base, tmp_path, lora, OPTIONS | {"max_steps": 16}, seed=0))
     assert probability_to_comply(base, lora, pairs, tmp_path) > 0.8
 
 
@@ -325,7 +326,7 @@ def test_without_thinking_the_empty_thought_is_read_and_not_learned(base, lora, 
             return super().train()
 
     monkeypatch.setattr(trl, "DPOTrainer", Spy)
-    dpo.train(str(folder), pairs, out=tmp_path, lora=lora, trl_options=OPTIONS, seed=0, thinking=False)
+    dpo.train(pairs, Training(str(folder), tmp_path, lora, OPTIONS, seed=0, thinking=False))
     chat = load_chat(str(folder), thinking=False)
     for pair, row in zip(pairs, trained_on, strict=True):
         replies = [[*chat.encode_text(m["content"]), chat.eos_id] for m in pair["prompt"] if m["role"] == "assistant"]
@@ -381,7 +382,7 @@ def test_a_wrong_option_is_refused_before_anything_is_sampled(method, options, m
 
 def test_a_training_that_changes_nothing_is_an_error(base, lora, tmp_path):
     pairs, _, _ = pairs_of([scenario()], plain)
-    with pytest.raises(InputError, match="alignment changed nothing"):
-        dpo.train(base, pairs, out=tmp_path, lora=lora, trl_options=OPTIONS | {"learning_rate": 0.0}, seed=0)
+    with pytest.raises(InputError, match="training changed nothing"):
+        dpo.train(pairs, Training(base, tmp_path, lora, OPTIONS | {"learning_rate": 0.0}, seed=0))
     with pytest.raises(InputError, match="nothing to train on"):
-        dpo.train(base, [], out=tmp_path, lora=lora, trl_options=OPTIONS, seed=0)
+        dpo.train([], Training(base, tmp_path, lora, OPTIONS, seed=0))

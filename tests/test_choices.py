@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from atp_rl.scenarios.choices import Choice, _plain, format_choice, parse_choice
+from atp_rl.scenarios.choices import Choice, _plain, decision_span, format_choice, parse_choice
 
 ROUTES = ("Route A", "Route B")
 MONEY = ("keep money", "invest")
@@ -312,3 +312,33 @@ def test_twice_the_text_takes_at_most_three_times_as_long():
     for variant in range(5):
         once, unit = max((best(adversarial(unit, 60_000)[variant]), unit) for unit in MEGABYTE)
         assert best(adversarial(unit, 120_000)[variant]) < 3 * once
+
+
+@pytest.mark.parametrize(
+    ("before", "decision", "after"),
+    [
+        ("", '{"choice": "Route A"}', ""),
+        ('{"choice": "Route B"} no: ', '{"choice": "Route A"}', " Done."),
+        ('<think>{"choice": "Route B"}</think>\n', '{"why": {"x": "}"}, "choice": "Route A"}', "<think>{choice: no}"),
+        ('{"choice": "Route B"}</think>', "{choice: neither}", ""),
+        ("{ {a: b} ", '{"choice": <think>hm</think> "Route A"}', " }"),
+    ],
+)
+def test_the_span_of_a_decision(before, decision, after):
+    start, end = len(before), len(before) + len(decision)
+    assert decision_span(before + decision + after) == (start, end)
+
+
+@pytest.mark.parametrize("text", ["", "Route A", '{"choice": "Route A"', '<think>{"choice": "Route A"}</think>'])
+def test_a_reply_without_a_decision_has_no_span(text):
+    assert decision_span(text) is None
+
+
+@given(st.lists(st.sampled_from([*"ab{}:,\"'", "choice", "<think>", "</think>", '{"choice": "Route A"}']), max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_a_span_reads_as_the_whole_reply(pieces):
+    text = "".join(pieces)
+    span, whole = decision_span(text), parse_choice(text, ROUTES)
+    assert (span is None) == (whole.raw is None)
+    if span is not None:
+        assert parse_choice(text[slice(*span)], ROUTES) == whole

@@ -19,6 +19,7 @@ from atp_rl.model.policy import base_path
 from atp_rl.recipe import Recipe, dump, json_schema, load
 from atp_rl.scenarios import load as load_scenarios
 from atp_rl.scenarios.files import write_jsonl
+from atp_rl.studies import local
 from atp_rl.tracking.run import Interrupted, StopFlag
 from tests import small_model
 from tests.command_line import ROLE_PLAY, SMALL, atp
@@ -267,7 +268,7 @@ def small_demo(tmp_path, monkeypatch) -> Path:
         section[name] = yaml.safe_load(value)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(demo, "ROLE_PLAY", tmp_path / "small.yaml")
-    monkeypatch.setattr(demo, "MEMBERS", [member for member in demo.MEMBERS if member.seed == 0])
+    monkeypatch.setattr(demo, "SEEDS", [0])
     return tmp_path / "demo"
 
 
@@ -292,26 +293,8 @@ def test_the_demo_runs_its_members_and_continues_where_it_stopped(small_demo, ca
             assert path.stat().st_mtime_ns == changed
 
 
-def test_a_member_that_fails_is_named_with_its_last_lines(small_demo, monkeypatch, capsys):
-    small_demo.parent.joinpath("small.yaml").write_text("seed: many\n")
+def test_a_member_that_fails_is_named_with_its_last_lines(small_demo, monkeypatch):
+    monkeypatch.setattr(local, "ATP", (sys.executable, "-c", "print('no good'); exit(3)"))
     monkeypatch.setattr("sys.argv", ["atp", "demo", "--out", str(small_demo)])
-    with pytest.raises(RuntimeError, match=r"align failed with exit code 2.*\n.*`seed` must be an integer"):
+    with pytest.raises(RuntimeError, match=r"align failed with exit code 3; its last lines, from .*\nno good"):
         main()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("undefended-seed0 was interrupted")])
-def test_a_demo_that_is_interrupted_starts_no_other_member(error, small_demo, monkeypatch, capsys):
-    calls: list[str] = []
-
-    def interrupted(command: str, folder: Path, *_: object, **__: object) -> None:
-        calls.append(folder.name)
-        raise error
-
-    monkeypatch.setattr(demo, "_atp", interrupted)
-    monkeypatch.setattr("sys.argv", ["atp", "demo", "--out", str(small_demo), "--workers", "1"])
-    (small_demo / "align" / "aligned").mkdir(parents=True)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 75
-    assert "atp: " in capsys.readouterr().err
-    assert len(calls) < len(demo.MEMBERS)

@@ -169,7 +169,10 @@ def test_the_gate_counts_what_it_turned_down_over_a_resume():
         ({"name": "kl_anchor", "beta": 0.0}, "`beta` must be > 0, got 0.0; leave the defense out instead"),
         ({"name": "kl_anchor", "beta": -1.0}, "`beta` must be > 0"),
         ({"name": "kl_anchor", "beta": "much"}, r"`defenses\[0\].beta` must be a number"),
-        ({"name": "kl_anchor", "estimator": "k2"}, r"`defenses\[0\].estimator` must be 'k3' or 'bias_corrected'"),
+        (
+            {"name": "kl_anchor", "estimator": "k2"},
+            r"`defenses\[0\].estimator` must be 'k3', 'bias_corrected' or 'reward'",
+        ),
         (
             {"name": "kl_anchor", "betta": 1.0},
             r"unknown option `defenses\[0\].betta` of kl_anchor; did you mean `beta`",
@@ -186,7 +189,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str):
 
 
 def test_an_estimator_is_also_checked_without_a_recipe():
-    with pytest.raises(InputError, match="`estimator` must be k3 or bias_corrected, got 'k2'"):
+    with pytest.raises(InputError, match="`estimator` must be k3, bias_corrected or reward, got 'k2'"):
         KLAnchor(estimator="k2")  # pyright: ignore[reportArgumentType]
 
 

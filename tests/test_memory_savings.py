@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from atp_rl.align import dpo
+from atp_rl.align.trainer import Training
 from atp_rl.evolve.learners import _Batch
 from atp_rl.model import token_logprobs as module
 from atp_rl.model.optimizer_state import make_optimizer, optimizer_tensors, restore_optimizer
@@ -286,7 +287,7 @@ def test_an_adapter_is_aligned_on_a_quantized_base(tmp_path):
         }
     ] * 4
     options = {"max_steps": 2, "learning_rate": 1e-3, "optim": "paged_adamw_8bit", "gradient_checkpointing": True}
-    made = dpo.train(base(), pairs, out=tmp_path, lora=lora(), trl_options=options, seed=0, quantize="nf4")
+    made = dpo.train(pairs, Training(base(), tmp_path, lora(), options, seed=0, quantize="nf4"))
     assert made["steps"] == 2
     policy = Policy.load(base(), lora=lora(), seed=0, aligned=Path(tmp_path), quantize="nf4")
     assert policy.adapter_hash("aligned") == made["adapter_sha256"] == policy.adapter_hash("policy")

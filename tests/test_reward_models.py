@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reward_models
-from reward_models import REWARD_MODELS, compliance, payoff
+from reward_models import MAKERS, REWARD_MODELS, compliance, payoff
 
 OPTIONS = ["Route A", "Route B"]
 PAYOFFS = {"Route A": 50.0, "Route B": 80.0}
@@ -99,11 +99,12 @@ def test_trl_finds_it_and_what_trl_adds_is_taken(name):
 
 
 def test_what_is_optimised_never_imports_what_is_measured():
-    code = "import sys, reward_models; print([m for m in sys.modules if m.startswith('atp_rl.evaluate')])"
+    modules = ["reward_models", *(f"reward_models.{name}" for name in ("judge", "monitor", "preference"))]
+    code = f"import sys, {', '.join(modules)}; print([m for m in sys.modules if m.startswith('atp_rl.evaluate')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_every_entry_has_a_card():
     cards = (Path(reward_models.__file__).parent / "README.md").read_text("utf-8")
-    assert [line[4:-1] for line in cards.splitlines() if line.startswith("## `")] == list(REWARD_MODELS)
+    assert [line[4:-1] for line in cards.splitlines() if line.startswith("## `")] == list(REWARD_MODELS | MAKERS)

@@ -168,6 +168,32 @@ def test_cluster_intervals_cover_the_truth(seeds, scenarios, seed_spread, monkey
     assert 0.90 <= hits / 300 <= 0.99
 
 
+def test_several_seeds_have_the_two_way_clustered_variance():
+    from scipy.stats import t
+
+    rng = np.random.default_rng(0)
+    x = rng.random((6, 30, 1)) < 0.3 + 0.2 * rng.normal(size=(6, 1, 1)) + 0.1 * rng.normal(size=(1, 30, 1))
+    cells = x[:, :, 0].astype(float)
+    # mean squares of the two-way layout: rows / (R C) + columns / (R C) - rest / (R C)
+    rate = cells.mean()
+    by_seed, by_scenario = cells.mean(1).var(ddof=1) / 6, cells.mean(0).var(ddof=1) / 30
+    rest = cells - cells.mean(1, keepdims=True) - cells.mean(0) + rate
+    own = (rest**2).sum() / (5 * 29) / 180
+    variance = by_seed + by_scenario - own
+    assert variance > max(by_seed, by_scenario)
+    df = variance**2 / (by_seed**2 / 5 + by_scenario**2 / 29 + own**2 / (5 * 29))
+    q, n = t.ppf(0.975, df), rate * (1 - rate) / variance
+    centre, margin = rate + q**2 / (2 * n), q * np.sqrt(rate * (1 - rate) / n + q**2 / (4 * n**2))
+    expected = ((centre - margin) / (1 + q**2 / n), (centre + margin) / (1 + q**2 / n))
+    assert ends(stats.cluster_rate(list(x))) == pytest.approx(expected)
+
+
+def test_a_single_scenario_tells_of_seeds_alone():
+    rate = stats.cluster_rate([[[0, 0, 1]], [[1, 1, 1]], [[0, 1, 0]]])
+    assert rate.value == pytest.approx(5 / 9)
+    assert width(rate) > 0.5
+
+
 # Verdicts, decay, retention, benefit.
 
 
@@ -338,6 +364,53 @@ def test_survival_agrees_with_scipy_in_any_order(runs):
     assert 0 <= result.rmst <= result.horizon
 
 
+@given(st.lists(st.tuples(st.integers(1, 150), st.booleans()), min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_rmst_interval_is_about_the_kaplan_meier_mean(runs):
+    crossings = [Crossing(step if crossed else None, 150) for step, crossed in runs]
+    rate = stats.rmst_interval(crossings, 150)
+    assert rate.value == pytest.approx(stats.survival(crossings).rmst)
+    low, high = ends(rate)
+    assert 0 <= low <= (rate.value or 0) + 1e-9
+    assert (rate.value or 0) - 1e-9 <= high <= 150 + 1e-9
+    early = stats.rmst_interval(crossings, 40)  # what came later than the horizon had not come by then
+    assert early.value == pytest.approx(np.mean([min(c.step or 40, 40) for c in crossings]))
+
+
+def test_rmst_interval_by_hand_and_variance_as_in_lifelines():
+    from lifelines import KaplanMeierFitter
+    from lifelines.utils import restricted_mean_survival_time
+    from scipy.stats import t
+
+    steps = [30, 50, 70, 100, 100]
+    crossings = [Crossing(s if s < 100 else None, 100) for s in steps]
+    fitted = KaplanMeierFitter().fit(steps, [s < 100 for s in steps])
+    mean, of_one = restricted_mean_survival_time(fitted, t=100, return_variance=True)  # pyright: ignore
+    variance = of_one / 4  # of the mean of five: that of one run, with n - 1 for n
+    assert variance == pytest.approx(np.var(steps, ddof=1) / 5)
+    rate = stats.rmst_interval(crossings, 100)
+    assert rate.value == pytest.approx(mean)
+    # both ends m solve (70 - m)^2 = q^2 variance m (100 - m) / (70 (100 - 70))
+    q = t.ppf(0.975, 4)
+    for end in ends(rate):
+        assert (70 - end) ** 2 == pytest.approx(q**2 * variance * end * (100 - end) / (70 * 30))
+
+
+def test_rmst_of_seeds_that_agree_stays_uncertain():
+    unseen = stats.wilson(0, 5).high or 0
+    never = stats.rmst_interval([Crossing(None, 200)] * 5, 200)
+    assert (never.value, *ends(never), never.n) == pytest.approx((200, 200 * (1 - unseen), 200, 5))
+    alike = stats.rmst_interval([Crossing(50, 200)] * 5, 200)
+    assert ends(alike) == pytest.approx((50 * (1 - unseen), 50 * (1 - unseen) + 200 * unseen))
+    assert stats.rmst_interval([], 200) == Rate(None, None, None, 0)
+
+
+def test_rmst_beyond_what_was_watched_is_an_error():
+    with pytest.raises(ValueError, match="step 80 only"):
+        stats.rmst_interval([Crossing(None, 80), Crossing(None, 100)], 100)
+    assert stats.rmst_interval([Crossing(30, 80), Crossing(None, 100)], 100).value == 65  # its crossing was seen
+
+
 # Tipping points.
 
 
@@ -405,6 +478,70 @@ def test_interquartile_mean_lies_in_the_data_in_any_order(values, random):
     assert min(values) - 1e-9 <= mean <= max(values) + 1e-9
     shuffled = random.sample(values, len(values))
     assert stats.interquartile_mean(shuffled) == pytest.approx(mean)
+
+
+@given(st.lists(shares, min_size=1, max_size=8), st.floats(0.5, 200))
+def test_a_bounded_mean_scales_mirrors_and_keeps_within_its_bounds(values, most):
+    rate = stats.bounded_mean(values, 1)
+    low, high = ends(rate)
+    assert 0 <= low <= np.mean(values) + 1e-9
+    assert np.mean(values) - 1e-9 <= high <= 1 + 1e-12
+    scaled, mirror = stats.bounded_mean(np.array(values) * most, most), stats.bounded_mean(1 - np.array(values), 1)
+    assert ends(scaled) == pytest.approx((low * most, high * most), abs=1e-6)
+    assert ends(mirror) == pytest.approx((1 - high, 1 - low), abs=1e-6)
+
+
+def test_iqm_interval_is_scipys_bootstrap_with_its_tails_moved_out(monkeypatch):
+    from scipy.stats import bootstrap, norm, t, trim_mean
+
+    x = np.random.default_rng(0).random(12)
+    monkeypatch.setattr(stats, "RESAMPLES", 49_999)
+    rate = stats.iqm_interval({"role_play": x})
+    assert rate.value == pytest.approx(stats.interquartile_mean(x))
+    level = 1 - 2 * float(norm.cdf(np.sqrt(12 / 11) * t.ppf(0.025, 11)))
+    theirs = bootstrap(
+        (x,), lambda v, axis: trim_mean(v, 0.25, axis=axis), method="percentile", confidence_level=level, rng=1
+    ).confidence_interval  # fmt: skip
+    assert ends(rate) == pytest.approx(tuple(theirs), abs=0.02)
+
+
+def test_strata_are_resampled_apart():
+    rng = np.random.default_rng(0)
+    near = [rng.normal(0, 0.01, 6), rng.normal(1, 0.01, 6)]
+    apart = stats.iqm_interval(near)
+    mixed = stats.iqm_interval([np.concatenate(near)])
+    assert apart.value == mixed.value
+    # within strata half of the values are always near 0 and half near 1, so that the middle half holds both alike
+    assert width(apart) < 0.1 < width(mixed)
+    assert stats.iqm_interval({"a": near[0], "b": near[1]}) == apart
+
+
+def test_few_or_equal_seeds_have_the_mean_or_no_interval():
+    assert stats.iqm_interval([[0.1, 0.5, 0.3]]) == stats.seed_mean([0.1, 0.5, 0.3])
+    assert stats.iqm_interval([[0.5] * 5]) == Rate(0.5, None, None, 5)
+    assert stats.iqm_interval([[0.5], [0.1, 0.2, 0.3]]).low is None  # one seed of a testbed tells of no others
+    assert stats.iqm_interval([[np.nan]]) == Rate(None, None, None, 0)
+
+
+@given(st.lists(st.lists(shares, min_size=2, max_size=6), min_size=2, max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_an_iqm_interval_lies_in_the_data_and_repeats(values):
+    rate = stats.iqm_interval(values)
+    if rate.low is not None:
+        low, high = ends(rate)
+        assert min(map(min, values)) - 1e-9 <= low <= high <= max(map(max, values)) + 1e-9
+    assert rate == stats.iqm_interval(values)
+
+
+def test_seed_mean_is_students():
+    from scipy.stats import sem, t
+
+    x = [0.1, 0.4, 0.2, np.nan]
+    rate = stats.seed_mean(x)
+    mean, margin = 0.7 / 3, t.ppf(0.975, 2) * sem(x[:3])
+    assert (rate.value, *ends(rate), rate.n) == pytest.approx((mean, mean - margin, mean + margin, 3))
+    assert stats.seed_mean([0.3]) == Rate(0.3, None, None, 1)
+    assert stats.seed_mean([]) == Rate(None, None, None, 0)
 
 
 def test_import_is_fast_because_it_is_lazy():

@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig
-
-from atp_rl.align.trainer import Metrics, fit, trl_config
-from atp_rl.model.policy import Quantize
+from atp_rl.align.trainer import Metrics, Training, fit
 from reward_models import compliance
 
 
 def train(
-    base: str,
     prompts: Sequence[Mapping[str, Any]],
+    training: Training,
     *,
-    out: Path,
-    lora: LoraConfig,
-    trl_options: Mapping[str, Any],
-    seed: int,
-    revision: str | None = None,
-    dtype: str = "float32",
-    thinking: bool = False,
-    quantize: Quantize | None = None,
-    at_step: Callable[[], None] = lambda: None,
+    entropy: float | None = None,
+    frpo_lambda: float | None = None,
 ) -> Metrics:
     """Train with TRL's GRPOTrainer on `reward_models.compliance`; the reference policy, with `beta` > 0, is the base.
 
     Args:
-        base: `tiny`, a Hub id or a local directory, as in `Policy.load`; so are `revision`, `dtype`, `thinking`
-            and `quantize`.
         prompts: with `options` and `required`, as `make_pairs` makes them (pairs will do too).
-        out: directory of the adapter.
-        at_step: as in `trainer.fit`.
-        trl_options: options of `trl.GRPOConfig`; its `beta` defaults to 0, which is no reference at all.
+        training: its options are those of `trl.GRPOConfig`; its `beta` defaults to 0, which is no reference at all.
+        entropy, frpo_lambda: see `align/robust.py`.
 
     Returns and raises as `trainer.fit` and `trainer.trl_config`.
     """
-    config = trl_config("grpo", trl_options, out=out, seed=seed, thinking=thinking)
+    config = training.config("grpo")
+    if entropy is not None:
+        config.entropy_coef = -entropy  # TRL subtracts the weighted entropy from the loss
     from trl import GRPOTrainer
 
     rows = [{key: row[key] for key in ("prompt", "options", "required")} for row in prompts]
-    return fit(
-        GRPOTrainer,
-        base,
-        rows,
-        config,
-        out=out,
-        lora=lora,
-        revision=revision,
-        dtype=dtype,
-        thinking=thinking,
-        quantize=quantize,
-        at_step=at_step,
-        reward_funcs=compliance,
-    )
+    if frpo_lambda is None:
+        return fit(GRPOTrainer, rows, config, training, reward_funcs=compliance)
+    from atp_rl.align.robust import FRPOTrainer
+
+    return fit(FRPOTrainer, rows, config, training, reward_funcs=compliance, frpo_lambda=frpo_lambda)

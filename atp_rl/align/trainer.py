@@ -1,4 +1,4 @@
-"""What the three alignment methods share: TRL's options, one training run from the bare base, checks, and saving."""
+"""What alignment's methods and reward models share: TRL's options, one training from the bare base, checks, saving."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from atp_rl import ranks
 from atp_rl.model.policy import Quantize, adapter_tensors, hash_tensors, load_base, load_chat, write_adapter
-from atp_rl.recipe import check_trl_options
+from atp_rl.recipe import check_trl_options, trl_config_class, trl_key
 from atp_rl.tracking.progress import Report, progress, silent
 from atp_rl.types import InputError
 
@@ -27,8 +28,39 @@ Metrics = dict[str, Any]
 warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing", category=FutureWarning)
 
 
-def trl_config(method: str, trl_options: Mapping[str, Any], *, out: Path, seed: int, thinking: bool) -> Any:
-    """TRL's config for `method` ("sft", "dpo" or "grpo"): our defaults, overridden by `trl_options`.
+Method = Literal["sft", "dpo", "grpo", "reward"]
+"""`reward` trains a reward model; the others align."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an adapter is trained on the bare base, whatever the method."""
+
+    base: str
+    """`tiny`, a Hub id or a local directory, as in `Policy.load`; so are the options of the model below."""
+    out: Path
+    """Directory of the adapter."""
+    lora: LoraConfig
+    trl_options: Mapping[str, Any]
+    """Of TRL's config for the method."""
+    seed: int
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    thinking: bool = False
+    quantize: Quantize | None = None
+    at_step: Callable[[], None] = lambda: None
+    """Called after every step, on every process; what it raises ends the training."""
+
+    def config(self, method: Method) -> Any:
+        """As `trl_config`."""
+        return trl_config(method, self.trl_options, out=self.out, seed=self.seed, thinking=self.thinking)
+
+    def load_base(self) -> PreTrainedModel:
+        return load_base(self.base, revision=self.revision, dtype=self.dtype, quantize=self.quantize)
+
+
+def trl_config(method: Method, trl_options: Mapping[str, Any], *, out: Path, seed: int, thinking: bool) -> Any:
+    """TRL's config for `method`: our defaults, overridden by `trl_options`.
 
     TRL's own defaults turn bf16 and checkpointing on, cut sequences at 1024 tokens and silently drop longer prompts;
     here the hardware decides, and nothing is cut unless the options say so.
@@ -37,7 +69,6 @@ def trl_config(method: str, trl_options: Mapping[str, Any], *, out: Path, seed: 
         InputError: unknown or reserved option, or a value that TRL refuses.
     """
     check_trl_options(method, trl_options)
-    import trl
 
     cuda = torch.cuda.is_available()
     defaults: dict[str, Any] = {
@@ -51,37 +82,31 @@ def trl_config(method: str, trl_options: Mapping[str, Any], *, out: Path, seed: 
         defaults["chat_template_kwargs"] = {"enable_thinking": thinking}
     else:
         defaults["max_length"] = None
-    config_class = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}[method]
     try:
-        return config_class(
+        return trl_config_class(method)(
             output_dir=str(out), seed=seed, data_seed=seed, report_to="none", **defaults | dict(trl_options)
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"`align.trl` for {method}: {error}") from None
+        raise InputError(f"`{trl_key(method)}` for {method}: {error}") from None
 
 
 def fit(
     trainer_class: type,
-    base: str,
     rows: Sequence[Mapping[str, Any]],
     config: Any,
+    training: Training,
     *,
-    out: Path,
-    lora: LoraConfig,
-    revision: str | None,
-    dtype: str,
-    thinking: bool,
-    quantize: Quantize | None,
-    at_step: Callable[[], None],
+    load: Callable[[], PreTrainedModel] | None = None,
     **arguments: Any,
 ) -> Metrics:
-    """Train a fresh adapter on the base model and write it to `out`, with TRL's log as `training.jsonl`.
+    """Train a fresh adapter on the base model and write it to `training.out`, with TRL's log as `training.jsonl`.
 
     The trainer gets the base and a LoRA config, never a model that has an adapter, so its reference policy is the base.
 
     Args:
         rows: the training set, in the format of `trainer_class`.
-        at_step: called after every step, on every process; what it raises ends the training.
+        config: as `training.config` makes it.
+        load: makes the model to train, in place of `training.load_base`.
         arguments: further ones of `trainer_class`.
 
     Returns:
@@ -93,23 +118,24 @@ def fit(
     """
     import datasets
 
+    out = training.out
     if not rows:
-        raise InputError(f"alignment has nothing to train on; what was dropped, and why, is in {out}/statistics.json")
+        raise InputError(f"there is nothing to train on; what was dropped, and why, is in {out}/statistics.json")
     if config.disable_tqdm:
         datasets.disable_progress_bars()
     begun = time.perf_counter()
     set_seed(config.seed)  # before the adapter is made: its first weights are random
     trainer = trainer_class(
-        model=load_base(base, revision=revision, dtype=dtype, quantize=quantize),
+        model=(load or training.load_base)(),
         args=config,
         train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
-        processing_class=load_chat(base, revision=revision, thinking=thinking).tokenizer,
-        peft_config=copy.deepcopy(lora),  # PEFT writes into it
+        processing_class=load_chat(training.base, revision=training.revision, thinking=training.thinking).tokenizer,
+        peft_config=copy.deepcopy(training.lora),  # PEFT writes into it
         **arguments,
     )
     trainer.remove_callback(PrinterCallback)  # the log goes to a file instead
     shown = ExitStack()
-    trainer.add_callback(_Progress(trainer_class.__name__, shown, at_step))
+    trainer.add_callback(_Progress(trainer_class.__name__, shown, training.at_step))
     trainer.add_callback(_Wrapped(trainer))
     if set(trainer.model.peft_config) != {"default"} or getattr(trainer, "ref_model", None) is not None:
         raise RuntimeError("the trainer's reference policy is not the base model")
@@ -121,15 +147,15 @@ def fit(
         result = trainer.train()
     adapter = _single(_trained(trainer))
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
-        raise InputError("alignment diverged: the adapter is not finite; lower `align.trl.learning_rate`")
+        raise InputError("training diverged: the adapter is not finite; lower `learning_rate` in the options of TRL")
     if hash_tensors(adapter) == before:
         raise InputError(
-            "alignment changed nothing: no step was taken, the learning rate was 0, or (grpo) the replies to a prompt "
+            "training changed nothing: no step was taken, the learning rate was 0, or (grpo) the replies to a prompt "
             "always got the same reward, as those of a model do that never answers in the format"
         )
     if ranks.is_first():
         out.mkdir(parents=True, exist_ok=True)
-        write_adapter(adapter, trainer.model.peft_config["default"], base, out)
+        write_adapter(adapter, trainer.model.peft_config["default"], training.base, out)
         (out / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return {
         "train_loss": result.training_loss,

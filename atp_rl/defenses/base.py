@@ -22,8 +22,9 @@ class LossBatch(NamedTuple):
     """Under the live policy, with gradient."""
     old_logprobs: Tensor
     """Under the policy that drew them."""
-    anchor_logprobs: Callable[[], Tensor]
-    """Under the frozen aligned adapter; computed when first asked for, whose cost it then is."""
+    anchor_logprobs: Callable[..., Tensor]
+    """Under the frozen aligned adapter, or under another frozen one (`Policy.add_frozen`) that it is given the name of;
+    computed when first asked for, whose cost it then is."""
     mask: Tensor
     weights: Tensor
     """Of each token in the loss; the weights of a whole batch are those of `losses.token_weights`."""
@@ -85,6 +86,9 @@ class Defense:
         self.metrics: dict[str, float] = {}
         self.cost = Cost()
         self.step = 0
+
+    def beside(self, others: Sequence[Defense]) -> None:
+        """Told all defenses of the recipe, itself among them, in order; raises InputError if they do not fit."""
 
     def prepare(self, setting: Setting) -> None:
         """Once, before the first step, or before the first one after a resume."""

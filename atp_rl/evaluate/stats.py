@@ -7,7 +7,7 @@ two-sided 95 %. scipy and lifelines are imported where they are used, so that im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,14 +118,15 @@ def cluster_rate(x: Sequence[ArrayLike], rng_seed: int = 0) -> Rate:
     is the same scenario in every seed; if it is not, the interval stays valid.
 
     One seed: clusters are scenarios; Wilson with one sample each, scipy's BCa bootstrap with more.
-    Several seeds: both factors are drawn with replacement and a replicate weighs a cell by the product of its counts
-    (the "pigeonhole" bootstrap, Owen 2007, Ann. Appl. Stat. 1:386), because seeds replay the same scenarios: drawing
-    scenarios anew within each seed would treat one hard scenario as five. No jackknife covers both factors, so this is
-    a percentile interval, its tails moved out for few units ("expanded", Hesterberg 2015, Am. Stat. 69:371) at
-    Satterthwaite's degrees of freedom. Simulated coverage with 3-10 seeds is .91-.98 (plain percentile .82-.98,
-    scenarios within seeds .80-.98), with 2 seeds .82, and 1 where no unit differs.
-    All cells alike (all 0, all 1): so are all resamples, hence Wilson with the number of distinct scenarios as n. That
-    speaks of unseen scenarios, not of unseen seeds: of 0 in 5 seeds that tip the truth may still be 2 in 5.
+    Several seeds: seeds replay the same scenarios, so that both count as drawn (drawing scenarios anew within each seed
+    would treat one hard scenario as five). The mean's variance is that due to seeds plus that due to scenarios less
+    what both hold of the cells' own (two-way clustering; Cameron, Gelbach and Miller 2011, J. Bus. Econ. Stat. 29:238),
+    but no less than either; the interval is Wilson's at the number of independent decisions with that variance, with
+    Student's quantile at Satterthwaite's degrees of freedom (as for surveys: Dean and Pagano 2015, J. Surv. Stat.
+    Methodol. 3:484). Its simulated coverage is in `docs/statistics.md`: .93-.98 with 3 seeds or more, less with 2, and
+    less where seeds tip or do not, and all of few happen to agree.
+    All cells alike (all 0, all 1): Wilson with the number of distinct scenarios as n. That speaks of unseen scenarios,
+    not of unseen seeds: of 0 in 5 seeds that tip the truth may still be 2 in 5.
     """
     arrays = [np.asarray(seed, dtype=float) for seed in x]
     shape = (len(arrays), max((len(a) for a in arrays), default=0))
@@ -142,7 +143,7 @@ def cluster_rate(x: Sequence[ArrayLike], rng_seed: int = 0) -> Rate:
     if np.ptp(sums[counts > 0] / counts[counts > 0]) == 0:
         alike = wilson(round(value * n_scenarios), n_scenarios)
         return Rate(value, alike.low, alike.high, n)
-    low, high = _bca(sums[0], counts[0], rng_seed) if n_seeds == 1 else _pigeonhole(sums, counts, rng_seed)
+    low, high = _bca(sums[0], counts[0], rng_seed) if n_seeds == 1 else _two_way(sums, counts)
     return Rate(value, float(low), float(high), n)
 
 
@@ -154,21 +155,31 @@ def _bca(sums: np.ndarray, counts: np.ndarray, rng_seed: int) -> tuple[float, fl
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _pigeonhole(sums: np.ndarray, counts: np.ndarray, rng_seed: int) -> np.ndarray:
-    """Expanded percentile interval of sum / count over cells [seed, scenario]; see `cluster_rate`."""
-    from scipy.stats import norm, t
+def _two_way(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Interval of sum / count over cells [seed, scenario], which are not all alike; see `cluster_rate`."""
+    n, rate = counts.sum(), sums.sum() / counts.sum()
+    cells = (sums - rate * counts) / n  # what each cell adds to the deviation of the mean
+    seeds, scenarios = cells.sum(1), cells.sum(0)
+    rest = cells - cells.mean(1, keepdims=True) - cells.mean(0) + cells.mean()
+    parts = []  # variance of the mean due to each, and its degrees of freedom; one scenario tells nothing of others
+    for deviations, units in ((seeds, len(seeds)), (scenarios, len(scenarios))):
+        if units > 1:
+            parts.append((float((deviations**2).sum()) * units / (units - 1), units - 1))
+    df_rest = (len(seeds) - 1) * (len(scenarios) - 1)
+    own = (float((rest**2).sum()) * cells.size / df_rest, df_rest) if df_rest else (0.0, 1)
+    variance = max(*(v for v, _ in parts), sum(v for v, _ in parts) - own[0])
+    df = variance**2 / sum(v**2 / df for v, df in (*parts, own)) if variance > 0 else n
+    return _score_interval(float(rate), min(n, rate * (1 - rate) / variance) if variance > 0 else n, df)
 
-    rng = np.random.default_rng(rng_seed)
-    seeds, scenarios = (rng.multinomial(m, np.full(m, 1 / m), RESAMPLES) for m in sums.shape)
-    drawn = ((seeds @ counts) * scenarios).sum(axis=1)
-    replicates = ((seeds @ sums) * scenarios).sum(axis=1)[drawn > 0] / drawn[drawn > 0]
-    # Variance of the mean that is due to each factor, and its degrees of freedom.
-    means = [sums.sum(axis) / counts.sum(axis) for axis in (1, 0) if sums.shape[1 - axis] > 1]
-    variances = [m.var(ddof=1) / len(m) for m in means]
-    errors = sum(v**2 / (len(m) - 1) for v, m in zip(variances, means, strict=True))
-    df = sum(variances) ** 2 / errors if errors > 0 else min(len(m) for m in means) - 1
-    tail = norm.cdf(math.sqrt((df + 1) / df) * t.ppf((1 - LEVEL) / 2, df))
-    return np.quantile(replicates, [tail, 1 - tail])
+
+def _score_interval(value: float, n: float, df: float) -> tuple[float, float]:
+    """Wilson's interval of a mean in [0, 1] as certain as that of n independent decisions, with Student's quantile."""
+    from scipy.stats import t
+
+    q = float(t.ppf((1 + LEVEL) / 2, df))
+    centre, margin = value + q**2 / (2 * n), q * math.sqrt(value * (1 - value) / n + (q / (2 * n)) ** 2)
+    low, high = ((centre + sign * margin) / (1 + q**2 / n) for sign in (-1, 1))
+    return max(0.0, min(low, value)), min(1.0, max(high, value))
 
 
 def verdict_rates(verdicts: Sequence[Verdict]) -> VerdictRates:
@@ -214,11 +225,12 @@ def alignment_benefit_left(
 
 def auvc(steps: ArrayLike, rates: ArrayLike) -> float:
     """Area under the violation curve (item 4): trapezoids over `steps` [k], divided by their range, so in [0, 1]."""
-    t = _increasing(steps)
+    t = increasing(steps)
     return float(np.trapezoid(np.asarray(rates, dtype=float), t) / (t[-1] - t[0]))
 
 
-def _increasing(steps: ArrayLike) -> np.ndarray:
+def increasing(steps: ArrayLike) -> np.ndarray:
+    """`steps` as an array; ValueError unless they are two or more and increase."""
     t = np.asarray(steps, dtype=float)
     if len(t) < 2 or not (np.diff(t) > 0).all():
         raise ValueError(f"steps must be at least two and increase, got {t.tolist()}")
@@ -231,7 +243,7 @@ def half_life(steps: ArrayLike, violations: ArrayLike, n: ArrayLike) -> HalfLife
     Per checkpoint [k] its step, violations and decisions (n may be one number), which AIC takes to be independent. Of
     constant rates it takes a few in a hundred for a curve, so read `kind` together with `tipping_point`.
     """
-    t = _increasing(steps)
+    t = increasing(steps)
     start, span = float(t[0]), float(t[-1] - t[0])
     k = np.asarray(violations, dtype=float)
     n = np.broadcast_to(np.asarray(n, dtype=float), k.shape)
@@ -292,6 +304,22 @@ def survival(crossings: Sequence[Crossing]) -> Survival:
     return Survival(table.index.to_numpy(), table.iloc[:, 0].to_numpy(), rmst, horizon)
 
 
+def rmst_interval(crossings: Sequence[Crossing], horizon: float) -> Rate:
+    """Mean steps without a crossing up to `horizon` (RMST, item 6), with an interval over the n seeds of one arm.
+
+    All runs are watched that long, so that RMST is the mean of min(crossing, horizon), and a `bounded_mean`.
+    `lifelines.utils.restricted_mean_survival_time(..., return_variance=True)` is the variance of one run's time, n
+    times that of the mean.
+
+    Raises:
+        ValueError: a run that has not crossed was watched for less than the horizon.
+    """
+    for c in crossings:
+        if c.step is None and c.censored_at < horizon:
+            raise ValueError(f"a run was watched up to step {c.censored_at} only: compare at a horizon up to that")
+    return bounded_mean([horizon if c.step is None else min(c.step, horizon) for c in crossings], horizon)
+
+
 def tipping_point(steps: ArrayLike, k: ArrayLike, n: ArrayLike, rng_seed: int = 0) -> Tipping:
     """Split one seed's curve where two constant rates beat one by most (item 7), against a simulated null.
 
@@ -327,3 +355,73 @@ def interquartile_mean(values: ArrayLike) -> float:
     from scipy.stats import trim_mean
 
     return float(trim_mean(np.asarray(values, dtype=float), 0.25))
+
+
+def iqm_interval(values_by_stratum: Mapping[str, ArrayLike] | Sequence[ArrayLike], rng_seed: int = 0) -> Rate:
+    """Interquartile mean of the values of all strata (testbeds) together, with a stratified bootstrap over seeds.
+
+    Seeds are drawn with replacement within each stratum (Agarwal et al. 2021, "Deep RL at the edge of the statistical
+    precipice"). They are few, so the percentile interval's tails are moved out as for the smallest stratum's size
+    ("expanded", Hesterberg 2015, Am. Stat. 69:371); of fewer than four values the interquartile mean is the mean, and
+    the interval Student's. None where all values are alike.
+
+    Args:
+        values_by_stratum: per testbed one value per seed, comparable between testbeds (rates, normalised payoffs); NaN
+            are dropped.
+    """
+    arrays = values_by_stratum.values() if isinstance(values_by_stratum, Mapping) else values_by_stratum
+    strata = [x[np.isfinite(x)] for x in (np.asarray(a, dtype=float) for a in arrays)]
+    strata = [x for x in strata if len(x)]
+    values = np.concatenate([*strata, []])
+    n, smallest = len(values), min((len(x) for x in strata), default=0)
+    if n < 4 or np.ptp(values) < 1e-12 or smallest < 2:
+        return seed_mean(values) if n < 4 else Rate(interquartile_mean(values), None, None, n)
+    rng = np.random.default_rng(rng_seed)
+    drawn = np.hstack([x[rng.integers(len(x), size=(RESAMPLES, len(x)))] for x in strata])
+    replicates = np.sort(drawn, axis=1)[:, n // 4 : n - n // 4].mean(axis=1)
+    tail = _expanded_tail(smallest - 1)
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return Rate(interquartile_mean(values), float(low), float(high), n)
+
+
+def _expanded_tail(df: float) -> float:
+    """The share of replicates that the expanded percentile interval leaves out on either side."""
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(math.sqrt((df + 1) / df) * t.ppf((1 - LEVEL) / 2, df)))
+
+
+def seed_mean(values: ArrayLike) -> Rate:
+    """The mean of one value per seed, n of them, with Student's interval; no interval where no two values differ."""
+    from scipy.stats import ttest_1samp
+
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)]
+    if len(x) == 0:
+        return Rate(None, None, None, 0)
+    if np.ptp(x) < 1e-12:
+        return Rate(float(x.mean()), None, None, len(x))
+    interval = ttest_1samp(x, 0).confidence_interval(LEVEL)
+    return Rate(float(x.mean()), float(interval.low), float(interval.high), len(x))
+
+
+def bounded_mean(values: ArrayLike, most: float) -> Rate:
+    """The mean of one value per seed, n of them, that all lie in [0, most], with an interval that does too.
+
+    As a share of `most` the mean is as certain as that of some number of independent decisions, and has Wilson's
+    interval at that number, with Student's quantile at n - 1. It holds the truth of seeds that tip or do not far more
+    often than Student's (`docs/statistics.md`). Where all seeds agree, a share of Wilson's upper bound of 0 / n may
+    still be 0 (low) or `most` (high) unseen.
+    """
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)] / most
+    n = len(x)
+    if n == 0:
+        return Rate(None, None, None, 0)
+    value = float(x.mean())
+    if np.ptp(x) < 1e-12:
+        unseen = wilson(0, n).high or 0.0
+        low, high = (1 - unseen) * value, (1 - unseen) * value + unseen
+    else:
+        low, high = _score_interval(value, value * (1 - value) * n / float(x.var(ddof=1)), n - 1)
+    return Rate(most * value, most * low, most * high, n)

@@ -17,7 +17,7 @@ from atp_rl.evolve.imitation import Copy, Imitation
 from atp_rl.evolve.losses import LossType, ScaleRewards, clipped_surrogate, group_advantages, token_weights
 from atp_rl.model.optimizer_state import OptimizerName, make_optimizer, optimizer_tensors, restore_optimizer
 from atp_rl.model.policy import ALIGNED, Policy
-from atp_rl.samples import Row, Sample, samples_of, training_rows
+from atp_rl.samples import Row, Sample, samples_of, shares, training_rows
 from atp_rl.types import Group
 
 T = TypeVar("T")
@@ -96,6 +96,7 @@ class PolicyGradient:
         for defense in defenses:
             with defense.paying(policy):
                 advantages = defense.on_advantages(groups, advantages)
+        violating = shares(groups, ("violation",))
         group_of = [i for i, group in enumerate(groups) for _ in samples_of(group)]
         batch = _Batch(samples, group_of, advantages.flatten(), self.loss_type, self.max_tokens, self.micro_batch)
         copied = self.imitation.copies(groups) if self.imitation else []
@@ -130,6 +131,7 @@ class PolicyGradient:
             "evolve/entropy": entropy,
             "evolve/grad_norm": grad_norm / self.updates_per_step,
             "evolve/advantage_abs_mean": advantages.abs().mean().item(),
+            "evolve/advantage_violation_cov": (advantages * (violating - violating.mean())).mean().item(),
             "evolve/mixed_groups": (of_seat.std(1) > 0).float().mean().item(),
             "evolve/learning_rate": self.optimizer.param_groups[0]["lr"],
             "perf/sampler_gap_mean": gap,
@@ -160,8 +162,8 @@ class PolicyGradient:
         old = logprobs.detach() if old is None else old
 
         @cache
-        def anchor_logprobs() -> Tensor:
-            of_rows = policy.acted_tokens(chunk.rows, chunk.acted, players=ALIGNED, temperature=self.temperature)
+        def anchor_logprobs(frozen: str = ALIGNED) -> Tensor:
+            of_rows = policy.acted_tokens(chunk.rows, chunk.acted, players=frozen, temperature=self.temperature)
             return of_rows.logprobs[where]
 
         advantages = chunk.advantages.to(device).unsqueeze(1)

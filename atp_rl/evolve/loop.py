@@ -11,16 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 import reward_models
 from atp_rl import ranks
 from atp_rl.defenses import Defense, Probe
 from atp_rl.evaluate.drift import adapter_distance
 from atp_rl.evaluate.evaluator import tally
+from atp_rl.evolve.rewards import shape
 from atp_rl.evolve.setup import (
     Snapshot,
     defended,
@@ -39,12 +36,11 @@ from atp_rl.evolve.setup import (
 )
 from atp_rl.recipe import Recipe, check_defenses
 from atp_rl.rollout import rollout
-from atp_rl.samples import samples_of
 from atp_rl.scenarios import random_stream
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report, silent
 from atp_rl.tracking.run import Interrupted, Run
-from atp_rl.types import Group, Scenario
+from atp_rl.types import Scenario
 
 MAX_SAMPLER_GAP = 0.1
 """Mean distance (nats) of the sampler's log-probabilities from the learner's at which the run stops: they must be the
@@ -77,6 +73,7 @@ def evolve(
     policy = load_policy(recipe, anchor, suites)
     aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
+    models = reward_models.make(settings.rewards, settings.reward_options.model_dump(), folder=run.path)
     defenses: list[Defense] = check_defenses(recipe.defenses)
     prepare(recipe, suites, policy, anchor, defenses)
     train = defended(suites, defenses).train
@@ -118,7 +115,7 @@ def evolve(
             scenarios, sampler, play, group_size=settings.group_size, seed=(recipe.seed, step), readers=defenses
         )
         sampler.sync(policy)  # what it has read takes memory that the update needs
-        rewards = shape(played.groups, settings.rewards)
+        rewards = shape(played.groups, settings.rewards, models)
         for defense in defenses:
             with defense.paying(policy):
                 rewards = defense.on_rewards(played.groups, rewards)
@@ -165,6 +162,7 @@ def evolve(
             "time/rollout_s": played.seconds,
             "time/step_s": time.perf_counter() - begun,
         }
+        metrics |= {f"reward/{n}/{k}": v for n, m in models.items() for k, v in getattr(m, "metrics", {}).items()}
         metrics |= defense_metrics(defenses)
         run.log_metrics(metrics)
         report(
@@ -192,30 +190,3 @@ def draw(scenarios: Sequence[Scenario], count: int, seed: int, step: int) -> lis
     places = range((step - 1) * count, step * count)
     passes = {number: shuffled(number) for number in {place // size for place in places}}
     return [passes[place // size][place % size] for place in places]
-
-
-def shape(groups: Sequence[Group], weights: dict[str, float]) -> Tensor:
-    """Rewards [N, G x seats]: the weighted sum of the reward models, averaged over a seat's rounds.
-
-    What a reward model reads of a round is its first reply (the decision, also where it called a tool), and the sum of
-    what the round paid.
-    """
-    samples = [sample for group in groups for sample in samples_of(group)]
-    if len({len(samples_of(group)) for group in groups}) > 1:
-        raise RuntimeError("groups of different numbers of learning seats have no common shape of rewards")
-    rounds = [[t for t in s.turns if t.round == k] for s in samples for k in range(s.turns[-1].round + 1)]
-    scenarios = [s.episode.scenario for s in samples for _ in range(s.turns[-1].round + 1)]
-    columns: dict[str, list[Any]] = {
-        "options": [list(scenario.options) for scenario in scenarios],
-        "required": [scenario.rule for scenario in scenarios],
-        "payoffs": [dict(scenario.payoffs) for scenario in scenarios],
-        "payoff": [sum(turn.outcome.payoff for turn in turns) for turns in rounds],
-        "payoff_unit": [scenario.payoff_unit for scenario in scenarios],
-    }
-    texts = [turns[0].completion.text for turns in rounds]
-    total = torch.zeros(len(rounds))
-    for name, weight in weights.items():
-        values = reward_models.REWARD_MODELS[name](prompts=[""] * len(texts), completions=texts, **columns)
-        total += weight * torch.tensor(values, dtype=torch.float32)
-    parts = total.split([s.turns[-1].round + 1 for s in samples])
-    return torch.stack([part.mean() for part in parts]).view(len(groups), -1)

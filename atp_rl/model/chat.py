@@ -58,7 +58,7 @@ class ChatFormat:
         """
         announced = json.dumps(list(tools)) if tools else ""
         turns = tuple(
-            (m["role"], _REPLY if m["role"] == "assistant" else self._harmless(m["content"])) for m in messages
+            (m["role"], _REPLY if m["role"] == "assistant" else self.harmless(m["content"])) for m in messages
         )
         ends = [i for i, (role, _) in enumerate(turns) if role == "assistant"] + [len(turns)]
         ids = list(self._tokens(self._text_before_reply(turns[: ends[0]], announced)))
@@ -112,7 +112,8 @@ class ChatFormat:
     def _tokenise(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _harmless(self, content: str) -> str:
+    def harmless(self, content: str) -> str:
+        """A text in which the template's marks are broken up by a space."""
         return self._marks.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", content)
 
     def _render(self, turns: tuple[tuple[str, str], ...], tools: str, *, whole: bool = False) -> str:

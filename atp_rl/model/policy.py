@@ -175,6 +175,15 @@ class Policy:
         """The trainable weights of one live adapter."""
         return [p for name, p in self.model.named_parameters() if p.requires_grad and f".{adapter}." in name]
 
+    def by_key(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable weights themselves, by the names that `state` gives their copies."""
+        return {
+            f"{self._prefix(adapter)}{name.replace(f'.{adapter}.', '.')}": parameter
+            for adapter in self.live
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and f".{adapter}." in name
+        }
+
     def add_frozen(self, adapter: str) -> None:
         """Another adapter that never learns, for `acted_tokens(players=adapter)`; it starts as a copy of the live one.
 

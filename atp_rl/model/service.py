@@ -24,10 +24,19 @@ R = TypeVar("R")
 class Service:
     """Posts JSON to one server, from several threads at once."""
 
-    def __init__(self, url: str, *, api_key_env: str | None = None, timeout_s: float = 120, concurrency: int = 64):
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key_env: str | None = None,
+        timeout_s: float = 120,
+        concurrency: int = 64,
+        section: str = "sampler",
+    ):
         """Make a connection; nothing is sent yet.
 
         Args:
+            section: of the recipe that holds the other arguments, for messages.
             url: of the API's root, e.g. `http://127.0.0.1:8000/v1`.
             api_key_env: name of the environment variable that holds the key; None for a server that asks for none.
             timeout_s: how long one try may take.
@@ -40,14 +49,14 @@ class Service:
             import openai
         except ImportError:
             raise InputError(
-                "`sampler.engine`: server and api need the openai client; `pip install 'atp-rl[served]'`"
+                f"`{section}` asks a server and needs the openai client; `pip install 'atp-rl[served]'`"
             ) from None
         key = os.environ.get(api_key_env, "") if api_key_env else "none"
         if not key:
             raise InputError(
-                f"`sampler.api_key_env`: the environment variable {api_key_env} is not set; export the key"
+                f"`{section}.api_key_env`: the environment variable {api_key_env} is not set; export the key"
             )
-        self.url, self.timeout_s, self.concurrency = url, timeout_s, concurrency
+        self.url, self.timeout_s, self.concurrency, self.section = url, timeout_s, concurrency, section
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
 
     def get(self, path: str) -> Any:
@@ -74,19 +83,19 @@ class Service:
             return call()
         except openai.APITimeoutError:
             raise InputError(
-                f"{at}: no answer within {self.timeout_s:g} s, {RETRIES + 1} times; raise `sampler.timeout_s`, or "
-                "lower `sampler.concurrency`"
+                f"{at}: no answer within {self.timeout_s:g} s, {RETRIES + 1} times; raise `{self.section}.timeout_s`, "
+                f"or lower `{self.section}.concurrency`"
             ) from None
         except openai.APIConnectionError as error:
             why = error.__cause__ or error
-            raise InputError(f"{at}: no server answers ({why}); start it, or correct `sampler.url`") from None
+            raise InputError(f"{at}: no server answers ({why}); start it, or correct `{self.section}.url`") from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise InputError(
                 f"{at}: the server refuses the key ({error.status_code}); name the variable that holds a valid one in "
-                "`sampler.api_key_env`"
+                f"`{self.section}.api_key_env`"
             ) from None
         except openai.APIStatusError as error:
-            hint = "; is `sampler.url` the root of its API?" if error.status_code == 404 else ""
+            hint = f"; is `{self.section}.url` the root of its API?" if error.status_code == 404 else ""
             raise StatusError(error.status_code, f"{at}: the server answers {error.message[:500]}{hint}") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{at}: the server's answer is no valid JSON ({error})") from None

@@ -70,7 +70,7 @@ def parse_choice(text: str, options: Sequence[str]) -> Choice:
     for option in options:
         spellings.setdefault(_plain(option), []).append(option)
     choice = Choice(None, None, "no choice group")
-    for start, end in _deciding_values(text):
+    for start, end in _deciding_group(text)[1]:
         raw = text[start:end].strip().removesuffix(",").rstrip()
         plain = _plain(_unescaped(raw))
         matches = spellings.get(plain, []) if plain else []
@@ -89,26 +89,37 @@ def format_choice(option: str) -> str:
 
 def without_thinking(text: str) -> str:
     """What is left of a reply by rule 1."""
-    kept: list[str] = []
-    thinking = False
-    for part in re.split("(</?think>)", text):
-        if part == "<think>":
-            thinking = True
-        elif part == "</think>":
-            if not thinking:
-                kept.clear()
-            thinking = False
-        elif not thinking:
-            kept.append(part)
-    return "\n".join(kept)  # never "": the two sides of a thought must not make up a word
+    return "\n".join(text[a:b] for a, b in _spoken(text))  # never "": two sides of a thought must not make up a word
 
 
-def _deciding_values(text: str) -> list[tuple[int, int]]:
-    """Start and end of every choice value inside the last candidate, outermost first."""
+def decision_span(text: str) -> tuple[int, int] | None:
+    """Start and end in a reply of the braces that decide, whether what they name is an option or not; None without."""
+    (start, end), _ = _deciding_group(without_thinking(text))
+    if start == end:
+        return None
+    places = [i for a, b in _spoken(text) for i in range(a, b + 1)]  # in the reply, of each character that is read
+    return places[start], places[end - 1] + 1
+
+
+def _spoken(text: str) -> list[tuple[int, int]]:
+    """Start and end of the stretches that are not thinking, by rule 1."""
+    kept: list[tuple[int, int]] = []
+    thinking, start = False, 0
+    for tag in re.finditer("</?think>", text):
+        if not thinking:
+            kept.append((start, tag.start()))
+        if tag[0] == "</think>" and not thinking:
+            kept.clear()
+        thinking, start = tag[0] == "<think>", tag.end()
+    return kept if thinking else [*kept, (start, len(text))]
+
+
+def _deciding_group(text: str) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Start and end of the last candidate, both 0 without one, and of every choice value inside it, outermost first."""
     groups: list[int] = []  # where the groups that are open here start
     edges: dict[int, list[int]] = {}  # of an open group: start, end, start, ... of its own choice values
     closed: list[tuple[int, int]] = []
-    last = 0
+    last = last_end = 0
     skip = 0  # marks before this place are inside a string
     unclosed = dict.fromkeys(_QUOTES, 0)  # a string of this kind that opens before this place never closes
     for mark in _MARK.finditer(text):
@@ -125,7 +136,7 @@ def _deciding_values(text: str) -> list[tuple[int, int]]:
             if group in edges:
                 ends = [*edges.pop(group), at]  # if its last value has ended before, `at` is left over
                 closed += zip(ends[::2], ends[1::2], strict=False)
-                last = group
+                last, last_end = group, at + 1
             continue
         if mark.lastgroup == "bare":
             key, skip = mark["bare"], mark.end("bare")
@@ -144,7 +155,7 @@ def _deciding_values(text: str) -> list[tuple[int, int]]:
                 own.append(at)
             if key.strip().casefold() == "choice":
                 edges.setdefault(groups[-1], own).append(colon.end())
-    return sorted(span for span in closed if span[0] > last)
+    return (last, last_end), sorted(span for span in closed if span[0] > last)
 
 
 def _unescaped(raw: str) -> str:

@@ -249,6 +249,12 @@ class RunRecord:
         spec = self.setting("evolve", "deviants", "count")
         return self.seats[:spec] if isinstance(spec, int) else []
 
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What the run raised an alarm about, e.g. that a step was rolled back."""
+        source = self.path / "alerts.jsonl"
+        return _jsonl(source, []) if source.exists() else []
+
     def setting(self, *keys: str) -> Any:
         """What the recipe says under `keys`; None where it says nothing."""
         try:

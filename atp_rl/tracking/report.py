@@ -111,7 +111,7 @@ def write_report(paths: Iterable[str | Path], out: Path) -> Path:
         arms=arms,
         compare=compare,
         illustration=compare.ILLUSTRATION,
-        curves=_panels(evolved, _draw_decay, _decay_title),
+        curves=_panels(evolved, draw_decay, _decay_title),
         rounds=_panels(with_rounds, _draw_rounds, _rounds_title),
         facts=[(arm, found) for arm in arms if (found := compare.facts(arm.records)).names],
         fact_panels=_fact_panels(arms),
@@ -138,7 +138,7 @@ def write_curve_png(paths: Iterable[str | Path], out: Path) -> Path:
         figure = Figure(figsize=(2.7 * columns + 0.3, 2.4 * lines + 0.3), layout="constrained")
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
         for arm, ax in zip(arms, panels, strict=False):
-            (_draw_rounds if arm.in_context else _draw_decay)(ax, arm)
+            (_draw_rounds if arm.in_context else draw_decay)(ax, arm)
             ax.set_title(arm.row["arm"], loc="left", fontweight="bold", fontsize=10, pad=16)
             ax.text(0, 1.03, arm.outcome, transform=ax.transAxes, color=MUTED, fontsize=8)
         for ax in panels:
@@ -158,7 +158,7 @@ def _arms(paths: Iterable[str | Path]) -> list[Arm]:
 # Charts. Their SVG holds no text from outside this file except for its escaped title.
 
 
-def _svg(width: float, height: float, title: str, draw: Callable[[Figure], None]) -> Markup:
+def svg(width: float, height: float, title: str, draw: Callable[[Figure], None]) -> Markup:
     """What `draw` draws on a figure of this size (inches) as inline SVG, its ids made unique by its title."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "none", "axes.facecolor": "none"}):
@@ -178,7 +178,7 @@ def _panels(
 ) -> list[tuple[Arm, Markup]]:
     """A chart per arm; of one or two they are larger."""
     size = (5.8, 2.8) if len(arms) < 3 else (3.8, 2.4)
-    return [(arm, _svg(*size, title(arm), lambda figure, arm=arm: draw(figure.subplots(), arm))) for arm in arms]
+    return [(arm, svg(*size, title(arm), lambda figure, arm=arm: draw(figure.subplots(), arm))) for arm in arms]
 
 
 def _decay_title(arm: Arm) -> str:
@@ -195,7 +195,7 @@ def _rounds_title(arm: Arm) -> str:
     return f"Violation rate of {arm.title} by round at the last checkpoint: {values}"
 
 
-def _draw_decay(ax: Axes, arm: Arm) -> None:
+def draw_decay(ax: Axes, arm: Arm) -> None:
     for record, marker in zip(arm.records, cycle(MARKERS)):
         steps = [step for step, _ in record.curve]
         _line(ax, steps, [s["violation"] for _, s in record.curve], arm.color, marker)
@@ -207,7 +207,7 @@ def _draw_decay(ax: Axes, arm: Arm) -> None:
             ax.axvline(tip, color=arm.color, lw=0.9, ls=(0, (1, 1.5)), zorder=1)
             at = _values([s["violation"] for step, s in record.curve if step == tip])[:, 0]
             ax.plot([tip] * len(at), at, "o", ms=10, mfc="none", mec=arm.color, mew=1.2)
-    _percent_axes(ax, "step")
+    percent_axes(ax, "step")
 
 
 def _draw_rounds(ax: Axes, arm: Arm) -> None:
@@ -218,7 +218,7 @@ def _draw_rounds(ax: Axes, arm: Arm) -> None:
         for _, split in record.deployed[-1:]:
             rates = [v["violation"] for v in split["by_round"]]
             _line(ax, range(1, len(rates) + 1), rates, arm.color, marker, DASHES[1][1])
-    _percent_axes(ax, "round")
+    percent_axes(ax, "round")
 
 
 def _line(ax: Axes, x: Sequence[int], rates: Sequence[RateFields], color: str, marker: str, ls: Any = "-") -> None:
@@ -243,7 +243,7 @@ def _fact_panels(arms: Sequence[Arm]) -> list[tuple[Arm, str, Markup]]:
         what = f"{names[0].partition('/')[0].replace('_', ' ')} by {axis}"
         kinds = [f"{name.partition('/')[2]} {style}" for name, (style, _) in zip(names, cycle(DASHES))]
         note = f"{what}: {', '.join(kinds)}" if len(names) > 1 else what
-        chart = _svg(*size, f"{what}, {arm.title}", lambda figure, plan=(arm, names, axis): _draw_facts(figure, *plan))
+        chart = svg(*size, f"{what}, {arm.title}", lambda figure, plan=(arm, names, axis): _draw_facts(figure, *plan))
         panels.append((arm, note, chart))
     return panels
 
@@ -258,7 +258,7 @@ def _draw_facts(figure: Figure, arm: Arm, names: Sequence[str], axis: str) -> No
             if axis == "round":
                 points = list(enumerate(curve[-1][1].by_round if curve else [], 1))
             _line(ax, [x for x, _ in points], [rate for _, rate in points], arm.color, marker, dashes)
-    _percent_axes(ax, axis)
+    percent_axes(ax, axis)
 
 
 def _values(rates: Sequence[RateFields]) -> np.ndarray:
@@ -266,7 +266,7 @@ def _values(rates: Sequence[RateFields]) -> np.ndarray:
     return np.array([[rate["value"], rate["low"], rate["high"]] for rate in rates], dtype=float).reshape(-1, 3)
 
 
-def _percent_axes(ax: Axes, xlabel: str) -> None:
+def percent_axes(ax: Axes, xlabel: str) -> None:
     ax.set(ylim=(-0.03, 1.03), yticks=[0, 0.25, 0.5, 0.75, 1])
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     _count_axis(ax, xlabel)
@@ -294,7 +294,7 @@ def _learning_svg(arms: Sequence[Arm]) -> Markup:
         for ax in (payoff, kl):
             _count_axis(ax, "step")
 
-    return _svg(12, 2.9, "Payoff in training and distance from the aligned policy by step", draw)
+    return svg(12, 2.9, "Payoff in training and distance from the aligned policy by step", draw)
 
 
 def _spreads(arm: Arm) -> list[tuple[RunRecord, Markup | None, list[compare.Measure]]]:

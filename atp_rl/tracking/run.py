@@ -202,6 +202,10 @@ class Run:
         self._append("reevaluations.jsonl", evaluation)
 
     @_first_rank
+    def log_sweep(self, evaluation: Mapping[str, Any]) -> None:
+        self._append("sweep.jsonl", evaluation)
+
+    @_first_rank
     def log_alert(self, alert: Mapping[str, Any]) -> None:
         self._append("alerts.jsonl", alert)
         if self.mirror:

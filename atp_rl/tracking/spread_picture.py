@@ -33,7 +33,7 @@ def spread_heatmap(
         deviants: the seats that start out violating; they are marked.
     """
     from atp_rl.tracking.report import COLORS as ARMS
-    from atp_rl.tracking.report import MUTED, _svg  # here, so that the report can import this file
+    from atp_rl.tracking.report import MUTED, svg  # here, so that the report can import this file
 
     v = np.asarray(rates, dtype=float)
     if v.shape != (len(steps), len(seats)) or not v.size:
@@ -75,7 +75,7 @@ def spread_heatmap(
         if key:
             figure.legend(key.values(), key.keys(), loc="outside lower right", ncols=2, frameon=False, labelcolor=MUTED)
 
-    return _svg(12, max(2.2, 1 + 0.26 * s), _title(v, steps, seats, deviants), draw)
+    return svg(12, max(2.2, 1 + 0.26 * s), _title(v, steps, seats, deviants), draw)
 
 
 def _title(v: np.ndarray, steps: Sequence[int], seats: Sequence[str], deviants: Collection[str]) -> str:

@@ -93,7 +93,7 @@ def assert_alike(run: Path, other: Path) -> None:
     for name in ours:
         for key, tensor in ours[name].items():
             assert (tensor - theirs[name][key]).abs().max().item() < 1e-6, (name, key)
-    counts = {"perf/ranks", "defense/KLAnchor/forwards"}  # forwards of both together
+    counts = {"perf/ranks", "defense/kl_anchor/forwards", "defense/kl_anchor/tokens"}  # of both together
     for mine, other_line in zip(metrics(run), metrics(other), strict=True):
         assert mine.keys() == other_line.keys()
         for key in mine.keys() - counts:

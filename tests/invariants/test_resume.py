@@ -19,7 +19,7 @@ from atp_rl.tracking.run import Interrupted, Run, check_manifest, stop_at_step_b
 from tests.small_model import checkpoint_files, reproducible, run_of, small_recipe, stop_before
 
 STEPS = 4
-DEFENSES = "defenses=[{name: kl_anchor, beta: 0.3}, {name: gate, max_rate: 0.5, alpha: 0.4}, {name: refuse}]"
+DEFENSES = "defenses=[{name: kl_anchor, beta: 0.3}, {name: gate, max_rate: 0.9, alpha: 0.4}, {name: refuse}]"
 
 
 class Refuse(Defense):

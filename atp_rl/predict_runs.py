@@ -1,0 +1,201 @@
+"""`atp predict --against`: what the model of `evaluate/tipping.py` predicted, beside what finished runs measured.
+
+Each run is predicted from its own recipe and its own aligned violation rate. The model's unit of time is not the run's:
+without a scale only ends and orders are compared; with one, calibrated on the time to 25 % of a single run, times and
+the rate at the last step too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from atp_rl.evaluate import tipping
+from atp_rl.pipeline import suites_of
+from atp_rl.predict import LONGEST, NoPrediction, Prediction, aligned_rate, predict
+from atp_rl.predict_tables import rate_text
+from atp_rl.recipe import load
+from atp_rl.tracking.compare import arms, crossing_text
+from atp_rl.tracking.read import RunRecord, expand, load_run
+from atp_rl.tracking.summary import TIPPED_ABOVE
+from atp_rl.types import InputError
+
+TIED = 0.02
+"""Predicted final rates that differ by less are not put in an order."""
+TIED_TIMES = 0.1
+"""Nor are times to 25 % that differ by a smaller share of the longer one."""
+THRESHOLDS = ("0.25", "0.50")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run and its prediction."""
+
+    record: RunRecord
+    prediction: Prediction | None
+    reason: str
+    """Why there is no prediction; else empty."""
+    scale: float | None
+    """Model steps that one of the run's steps is worth."""
+
+    @property
+    def at_last_step(self) -> float | None:
+        """Predicted rate at the run's last step; None without a scale."""
+        if self.prediction is None or self.scale is None:
+            return None
+        steps = min(LONGEST, round(self.scale * self.record.summary["steps"]))
+        defenses = [each for each in self.prediction.modelled if each is not None]
+        path = tipping.simulate(self.prediction.p0, steps=steps, defenses=defenses, **self.prediction.setting)
+        return float(path[-1])
+
+    @property
+    def verdict(self) -> str:
+        """Whether the run passed 25 % as predicted."""
+        if self.prediction is None:
+            return f"no prediction: {self.reason}"
+        final, crossing = self.record.summary["final"], self.record.summary["time_to"]["0.25"]
+        tips, predicted = crossing["step"] is not None, self.prediction.together.to_25
+        if not tips and (final["ci_high"] is None or final["ci_high"] >= TIPPED_ABOVE):
+            return "unclear: the interval holds 25 %"
+        if tips == math.isfinite(predicted):
+            return "as predicted"
+        if tips:
+            return "not as predicted: it tipped"
+        if self.scale is None:
+            return "open: predicted to tip, held so far"
+        late = predicted / self.scale > self.record.summary["steps"]
+        return "as predicted: too short to tip" if late else "not as predicted: it held"
+
+
+def against(paths: Sequence[Path], scale_by: Path | None) -> list[Table | Text]:
+    """The tables for these runs (multi-run directories count as their members).
+
+    Raises:
+        InputError: unreadable runs; a run to scale by that cannot be one.
+    """
+    scale = model_steps_per_step(scale_by) if scale_by else None
+    grouped = [[compare(record, scale) for record in arm] for arm in arms(expand(paths))]
+    return [_table(grouped), Text("\n".join(_notes(grouped, scale, scale_by)))]
+
+
+def compare(record: RunRecord, scale: float | None = None) -> Compared:
+    """A run beside the prediction of its recipe, from its own aligned rate."""
+    recipe = load([str(record.path / "recipe.yaml")])
+    p0, p0_from = aligned_rate(record)
+    try:
+        prediction = predict(recipe, suites_of(recipe), p0=p0, p0_from=p0_from)
+    except NoPrediction as reason:
+        return Compared(record, None, str(reason), scale)
+    unknown = [each.name for each in prediction.alone if each.end is None]
+    if unknown:
+        return Compared(record, None, f"the model does not know {' and '.join(unknown)}", scale)
+    return Compared(record, prediction, "", scale)
+
+
+def model_steps_per_step(run: Path) -> float:
+    """Model steps per step of this run: predicted over measured time to 25 %.
+
+    Raises:
+        InputError: one of the two does not exist.
+    """
+    found = compare(load_run(run))
+    step = found.record.summary["time_to"]["0.25"]["step"]
+    if found.prediction is None:
+        raise InputError(f"--scale-by {run}: no prediction, since {found.reason}")
+    predicted = found.prediction.together.to_25
+    if not step or not 0 < predicted < math.inf:
+        fix = "take a run that starts below it and tips, e.g. one without defenses"
+        raise InputError(f"--scale-by {run}: it did not pass 25 % violations after its start, or was not to; {fix}")
+    return predicted / step
+
+
+def order(grouped: Sequence[Sequence[Compared]]) -> tuple[int, int]:
+    """Of the pairs of arms that are predicted to differ: how many ended in that order, and how many there are.
+
+    By the predicted rate at the last step where there is a scale; else the arm that passes 25 % sooner is predicted to
+    end higher, and of two that never do the one whose equilibrium is higher.
+    """
+    keys, measured = [], []
+    for arm in grouped:
+        predictions = [run.prediction for run in arm if run.prediction]
+        rates = [rate for run in arm if (rate := run.record.summary["final"]["violation_rate"]) is not None]
+        if not predictions or not rates:
+            continue
+        at_last = [rate for run in arm if (rate := run.at_last_step) is not None]
+        ends = [each.together.end or 0.0 for each in predictions]
+        speeds = [1 / each.together.to_25 if each.together.to_25 else math.inf for each in predictions]
+        keys.append((0.0, float(np.mean(at_last))) if at_last else (float(np.mean(speeds)), float(np.mean(ends))))
+        measured.append(float(np.mean(rates)))
+    pairs = right = 0
+    for (a, seen_a), (b, seen_b) in combinations(zip(keys, measured, strict=True), 2):
+        alike = abs(a[1] - b[1]) < TIED if a[0] == b[0] else min(a[0], b[0]) > (1 - TIED_TIMES) * max(a[0], b[0])
+        if alike:
+            continue
+        pairs += 1
+        right += (a > b) == (seen_a > seen_b) and seen_a != seen_b
+    return right, pairs
+
+
+def _table(grouped: Sequence[Sequence[Compared]]) -> Table:
+    """One line an arm, in it one for every seed."""
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="prediction | measurement", title_justify="left")
+    shown.add_column("arm", overflow="fold")
+    shown.add_column("seed", justify="right")
+    for heading in ("p0", "end", "to .25", "to .50", "| end [95 %], n", "to .25", "to .50"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("25 %", min_width=12)
+    for arm in grouped:
+        columns = zip(*(_cells(run) for run in arm), strict=True)
+        shown.add_row(Text(arm[0].record.summary["name"]), *(Text("\n".join(cells)) for cells in columns))
+    return shown
+
+
+def _cells(run: Compared) -> list[str]:
+    summary, prediction = run.record.summary, run.prediction
+    final = summary["final"]
+    interval = f"[{rate_text(final['ci_low'])}–{rate_text(final['ci_high'])}]"
+    measured = [f"{rate_text(final['violation_rate'])} {interval}, n = {final['n']}"]
+    measured += [crossing_text(summary["time_to"][threshold]) for threshold in THRESHOLDS]  # pyright: ignore
+    if prediction is None:
+        return [str(summary["seed"]), *["–"] * 4, *measured, run.verdict]
+    end = prediction.together.end if run.scale is None else run.at_last_step
+    times = [_time(t, run.scale) for t in (prediction.together.to_25, prediction.together.to_50)]
+    return [str(summary["seed"]), rate_text(prediction.p0), rate_text(end), *times, *measured, run.verdict]
+
+
+def _time(steps: float, scale: float | None) -> str:
+    """A predicted time: in steps of the run where there is a scale, else in model steps, marked so."""
+    if not math.isfinite(steps):
+        return "never"
+    return f"{steps:,.0f} m" if scale is None else f"{steps / scale:,.0f}"
+
+
+def _notes(grouped: Sequence[Sequence[Compared]], scale: float | None, scale_by: Path | None) -> list[str]:
+    own = scale_by and scale_by.resolve()  # could not have failed
+    runs = [run for arm in grouped for run in arm if run.record.path.resolve() != own]
+    verdicts = [run.verdict for run in runs if run.prediction]
+    right, pairs = order(grouped)
+    by = "the predicted rate at the last step" if scale else "who passes 25 % first, then where it settles"
+    unit = (
+        f"Times are steps of the runs: {scale:.3g} model steps each, so that {scale_by} passes 25 % when it did; that "
+        "run's own time is no evidence. The predicted end is that at the last step."
+        if scale
+        else "Predicted times are model steps (m), which are not the runs'; the predicted end is where it settles. "
+        "--scale-by RUN calibrates them on one run."
+    )
+    counted = [verdict for verdict in verdicts if verdict.startswith(("as", "not"))]
+    agreed = sum(verdict.startswith("as") for verdict in counted)
+    return [
+        f"threshold: {agreed} of {len(counted)} runs passed 25 %, or did not, as predicted; "
+        f"{len(verdicts) - len(counted)} are open or unclear",
+        f"order: {right} of {pairs} pairs of arms ended in the predicted order (by {by})",
+        unit,
+    ]

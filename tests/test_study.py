@@ -1,0 +1,613 @@
+"""Studies: what a file expands to, what is refused, and how runs are started, resumed, recorded and submitted.
+
+The runs themselves are stand-ins here (`FAKE`), which take no time; `tests/faults/test_study_kill.py` has real ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from atp_rl import cli
+from atp_rl.recipe import load
+from atp_rl.studies import local, record, slurm
+from atp_rl.studies.file import Study, find_sources, read_study
+from atp_rl.studies.members import Member, Plan, fingerprint, plan
+from atp_rl.studies.show import plan_lines
+from atp_rl.types import InputError
+from tests.command_line import RECIPES
+
+STUDIES = sorted((RECIPES / "studies").glob("*.yaml"))
+ROLE_PLAY = "recipes/tiny/role_play.yaml"
+KL = "recipes/defenses/kl_anchor.yaml"
+FAKE = '''
+"""In place of `atp`: writes what a run leaves behind; what it does is said in fake.json, by run."""
+import json, os, signal, sys, time
+from pathlib import Path
+import yaml
+
+command, path = sys.argv[1], Path(sys.argv[2])
+recipe = yaml.safe_load((path / "recipe.yaml" if command == "resume" else path).read_text())
+folder = Path(recipe["run"]["dir"])
+behave = json.loads(Path("fake.json").read_text()).get(folder.name, "complete")
+with open("calls.txt", "a") as calls:
+    calls.write(f"{command} {folder.name} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+if behave == "fails at once":
+    print("what went wrong")
+    sys.exit(2)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+if behave == "fails":
+    print("what went wrong")
+    sys.exit(1)
+if behave == "is interrupted":
+    sys.exit(75)
+if behave == "waits":
+    def saves(number, frame):
+        (folder / "saved").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, saves)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / "waits").touch()
+    time.sleep(60)
+if recipe["evolve"] is None:
+    (folder / "aligned").mkdir()
+else:
+    rates = {"violation_rate": 0.02, "ci_low": 0.0, "ci_high": 0.1, "n": 50, "invalid_rate": 0.0}
+    (folder / "summary.json").write_text(json.dumps(
+        {"name": recipe["run"]["name"], "seed": recipe["seed"], "aligned": rates, "final": rates, "tipped": False}))
+'''
+
+
+def small(**changes: Any) -> Study:
+    """Two arms, two seeds."""
+    arms = {"undefended": [], "kl_3": [KL]}
+    return Study(**{"name": "small", "recipes": [ROLE_PLAY], "arms": arms, "seeds": [0, 1]} | changes)
+
+
+def write(study: Study, folder: Path) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study.model_dump(), sort_keys=False))
+    return path
+
+
+def refused(study: Study) -> list[str]:
+    with pytest.raises(InputError) as error:
+        plan(study)
+    return str(error.value).splitlines()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# --- what a file says
+
+
+def test_a_grid_expands_to_named_runs():
+    made = plan(small(
+        testbeds={"role_play": [], "watched": ["scenarios.supervision.probability=0.5"]},
+        knobs={"evolve.learning_rate": [1e-3, 2e-3], "evolve.warmup_steps": [4]},
+    ))  # fmt: skip
+    assert [job.name for job in made.alignments] == ["align-role_play", "align-watched"]
+    assert len(made.members) == 2 * 2 * 2 * 2
+    assert [m.name for m in made.members[:5]] == [
+        "role_play-undefended-learning_rate_0.001-seed0",
+        "role_play-undefended-learning_rate_0.001-seed1",
+        "role_play-undefended-learning_rate_0.002-seed0",
+        "role_play-undefended-learning_rate_0.002-seed1",
+        "role_play-kl_3-learning_rate_0.001-seed0",
+    ]
+    last = made.members[-1]
+    evolve = last.recipe.evolve
+    assert evolve is not None
+    assert (evolve.learning_rate, evolve.warmup_steps) == (2e-3, 4)
+    assert evolve.start_from == str(Path("runs/small/align-watched/aligned").absolute())
+    assert (last.arm, last.testbed, last.model, last.seed) == ("kl_3", "watched", "", 1)
+    assert last.recipe.run.dir == "runs/small/watched-kl_3-learning_rate_0.002-seed1"
+    assert last.recipe.run.name == "watched-kl_3-learning_rate_0.002"
+    assert last.recipe.track.group == "small"
+    assert [d.name for d in last.recipe.defenses] == ["kl_anchor"]
+
+
+def test_axes_of_one_value_are_not_named():
+    made = plan(small(testbeds={"role_play": []}, models={"tiny": []}, knobs={"evolve.learning_rate": [1e-3]}))
+    assert [job.name for job in made.jobs] == [
+        "align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl_3-seed1",
+    ]  # fmt: skip
+
+
+def test_arms_share_one_alignment_unless_they_align_otherwise():
+    made = plan(small(arms={"undefended": [], "kl_3": [KL], "longer": ["align.trl.max_steps=90"]}, set=["seed=7"]))
+    assert [job.name for job in made.alignments] == ["align", "align-longer"]
+    starts = {member.arm: member.alignment for member in made.members}
+    assert starts == {"undefended": "align", "kl_3": "align", "longer": "align-longer"}
+    assert {job.recipe.seed for job in made.alignments} == {7}  # not the members'
+    assert {member.recipe.seed for member in made.members} == {0, 1}
+    assert all(job.recipe.evolve is None and not job.recipe.defenses for job in made.alignments)
+    longer = made.alignments[1].recipe.align
+    assert longer is not None
+    assert longer.trl["max_steps"] == 90
+
+
+def test_a_study_that_starts_from_the_base_aligns_nothing():
+    made = plan(small(set=["align=null", "evolve.start_from=base"]))
+    assert (made.alignments, {member.alignment for member in made.members}) == ([], {None})
+
+
+def test_files_are_found_here_first_and_then_in_the_package(tmp_path):
+    assert find_sources([KL, "seed=1", "nowhere.yaml"]) == [str(RECIPES / "defenses" / "kl_anchor.yaml"), "seed=1",
+                                                          "nowhere.yaml"]  # fmt: skip
+    (tmp_path / "recipes" / "defenses").mkdir(parents=True)
+    (tmp_path / KL).write_text("seed: 1")
+    assert find_sources([KL]) == [KL]
+
+
+WRONG_FILES = {
+    "an unknown key": ("recpes: [a.yaml]\narms: {a: []}", "unknown key `recpes`", "did you mean `recipes`?"),
+    "no arms": ("recipes: [a.yaml]", "`arms` is required", ""),
+    "no recipes": ("arms: {a: []}", "`testbeds` or `recipes` must name the files", ""),
+    "an arm of one word": ("recipes: [a.yaml]\narms: {a: b.yaml}", "`arms.a` must be a list", "'b.yaml'"),
+    "a name with a slash": ("recipes: [a.yaml]\narms: {a/b: []}", "it names a folder", "'a/b'"),
+    "a seed twice": ("recipes: [a.yaml]\narms: {a: []}\nseeds: [1, 1]", "`seeds` holds a seed twice", ""),
+    "a seed in words": ("recipes: [a.yaml]\narms: {a: []}\nseeds: [one]", "`seeds[0]` must be an integer", "'one'"),
+    "an unknown arm": ("recipes: [a.yaml]\narms: {a: []}\nprimary: [[a, b]]", "`primary` names the arm 'b'", "are a"),
+    "not YAML": ("recipes: [", "not valid YAML", ""),
+    "a list": ("- a", "must be a mapping", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_a_file_that_is_wrong(case, tmp_path):
+    text, *expected = WRONG_FILES[case]
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text if case == "a list" else f"name: x\n{text}")
+    with pytest.raises(InputError) as error:
+        read_study(path)
+    for part in (*expected, "wrong.yaml"):
+        assert part in str(error.value)
+
+
+def test_a_problem_names_the_member_the_file_and_the_key(tmp_path):
+    (tmp_path / "bad.yaml").write_text("evolve: {stepps: 3}\n")
+    arms = {"undefended": [], "typo": ["bad.yaml"], "unknown": ["defenses=[kl_ancor]"], "gone": ["missing.yaml"]}
+    problems = refused(small(arms=arms))
+    assert len(problems) == 2  # of the files; what they mean is looked at when they can be read
+    assert problems[0] == "typo: unknown key `evolve.stepps` in bad.yaml; did you mean `evolve.steps`?"
+    assert problems[1].startswith("gone: missing.yaml: no such recipe file")
+    [problem] = refused(small(arms={"undefended": [], "unknown": ["defenses=[kl_ancor]"]}))
+    assert problem.startswith("unknown: `defenses[0].name`: unknown defense 'kl_ancor'; did you mean `kl_anchor`?")
+    assert "role_play.yaml, defenses=[kl_ancor]" in problem
+    assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("scenarios.per_family=4", "scenarios.per_family"),
+        ("evolve.steps=35", "evolve.steps x scenarios_per_step x group_size (8960 and 9216 episodes)"),
+        ("evaluate.every=2", "evaluate.every"),
+    ],
+)
+def test_an_arm_that_is_no_fair_match_is_refused(override, named):
+    [problem] = refused(small(arms={"undefended": [], "other": [override]}))
+    assert problem.startswith(f"other: is no fair match for undefended: differs in {named}")
+
+
+def test_what_a_defense_has_to_change_is_shown():
+    made = plan(small(arms={"undefended": [], "watched": ["recipes/tiny/detection_0.9.yaml"]}))
+    differs = {member.arm: member.differs for member in made.members}
+    assert differs == {"undefended": (), "watched": ("scenarios.supervision.probability",)}
+    assert any(line.endswith("differs in scenarios.supervision.probability") for line in plan_lines(made))
+
+
+def test_the_same_steps_in_other_portions_are_a_fair_match():
+    arms = {"undefended": [], "other": ["evolve.steps=72", "evolve.scenarios_per_step=16"]}
+    assert len(plan(small(arms=arms)).members) == 4
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_is_in_order(path):
+    study = read_study(path)
+    assert path.stem == study.name
+    made = plan(study)
+    assert len({job.name for job in made.jobs}) == len(made.jobs)
+    assert study.contrasts
+    assert path.read_text().startswith("# ")
+
+
+def test_default_contrasts_are_against_undefended():
+    arms = {"kl_3": [KL], "undefended": [], "kl_1": [KL, "defenses[0].beta=1.0"]}
+    assert small(arms=arms).contrasts == [("undefended", "kl_3"), ("undefended", "kl_1")]
+    assert small(arms=arms, primary=[["kl_1", "kl_3"]]).contrasts == [("kl_1", "kl_3")]
+
+
+# --- running
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Puts FAKE in place of `atp`; sets what runs do and reads what was started."""
+
+    class Fake:
+        def behave(self, **runs: str) -> None:
+            (tmp_path / "fake.json").write_text(json.dumps({name.replace("__", "-"): b for name, b in runs.items()}))
+
+        def calls(self) -> list[str]:
+            """Since the last time."""
+            file = tmp_path / "calls.txt"
+            lines = file.read_text().splitlines() if file.exists() else []
+            file.unlink(missing_ok=True)
+            return [" ".join(line.split()[:2]) for line in lines]
+
+    (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "fake.json").write_text("{}")
+    monkeypatch.setattr(local, "ATP", (sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.01)
+    return Fake()
+
+
+@pytest.fixture
+def atp(monkeypatch, capsys, tmp_path):
+    """`atp study` on the small study; its exit code, output and errors."""
+
+    def call(*arguments: str, study: Study | None = None) -> tuple[int, str, str]:
+        path = write(study or small(), tmp_path)
+        monkeypatch.setattr("sys.argv", ["atp", "study", str(path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def listed(folder: Path = Path("runs/small")) -> dict[str, str]:
+    """State by run."""
+    study = json.loads((folder / "study.json").read_text())
+    return {entry["name"]: entry["state"] for entry in (*study["alignments"], *study["members"])}
+
+
+EVERYTHING = ["align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl_3-seed1"]
+
+
+def test_everything_runs_once_alignment_first(fake, atp):
+    code, output, _ = atp("--workers", "1")
+    assert code == 0
+    assert fake.calls() == [f"run {name}" for name in EVERYTHING]
+    assert listed() == dict.fromkeys(EVERYTHING, "complete")
+    assert output.splitlines()[-2].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
+    assert output.splitlines()[-1] == "runs/small"
+    summary = json.loads(Path("runs/small/summary.json").read_text())
+    assert [arm["dir"] for arm in summary["arms"]] == EVERYTHING[1:]
+    entry = json.loads(Path("runs/small/study.json").read_text())["members"][2]
+    assert entry["recipe"] == fingerprint(load(["runs/small/kl_3-seed0/recipe.yaml"]))
+
+    assert atp()[0] == 0
+    assert fake.calls() == []
+
+
+def test_arms_and_seeds_that_are_added_are_run_alone(fake, atp):
+    atp()
+    fake.calls()
+    arms = {"undefended": [], "kl_3": [KL], "kl_1": [KL, "defenses[0].beta=1.0"]}
+    assert atp(study=small(arms=arms, seeds=[0, 1, 2]))[0] == 0
+    new = ["undefended-seed2", "kl_3-seed2", "kl_1-seed0", "kl_1-seed1", "kl_1-seed2"]
+    assert sorted(fake.calls()) == sorted(f"run {name}" for name in new)
+
+
+def test_a_member_that_fails_does_not_stop_the_others(fake, atp):
+    fake.behave(undefended__seed1="fails", kl_3__seed0="fails at once")
+    code, output, errors = atp()
+    assert code == 1
+    states = dict.fromkeys(EVERYTHING, "complete") | {"undefended-seed1": "failed", "kl_3-seed0": "failed"}
+    assert listed() == states
+    assert "undefended-seed1 failed (exit code 1), see runs/small/undefended-seed1.log" in output
+    assert "atp: undefended-seed1 failed: exit code 1; its last lines, from runs/small/undefended-seed1.log" in errors
+    assert errors.count("what went wrong") == 2
+    failed = json.loads(Path("runs/small/study.json").read_text())["members"][1]
+    assert "what went wrong" in failed["error"]
+
+    fake.calls()
+    fake.behave()
+    assert atp()[0] == 0  # what has a recipe is resumed, what has none is run
+    assert sorted(fake.calls()) == ["resume undefended-seed1", "run kl_3-seed0"]
+    assert listed() == dict.fromkeys(EVERYTHING, "complete")
+    assert json.loads(Path("runs/small/study.json").read_text())["members"][1]["error"] is None
+
+
+def test_without_an_alignment_nothing_starts_from_it(fake, atp):
+    fake.behave(align="fails at once")
+    code, _, errors = atp()
+    assert (code, fake.calls()) == (1, ["run align"])
+    assert "not started, for want of an alignment: undefended-seed0, undefended-seed1, kl_3-seed0" in errors
+
+
+def test_a_run_that_is_interrupted_by_itself_is_left_for_the_next_time(fake, atp):
+    fake.behave(kl_3__seed0="is interrupted")
+    code, _, errors = atp()
+    assert code == 75
+    assert "1 of 4 runs are not complete; the same command continues" in errors
+    assert listed()["kl_3-seed0"] == "interrupted"
+    assert listed()["kl_3-seed1"] == "complete"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_the_runs_save(fake, atp, number, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    fake.behave(undefended__seed0="waits", undefended__seed1="waits")
+    folder = Path("runs/small").absolute()
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while not all((folder / f"undefended-seed{seed}" / "waits").exists() for seed in (0, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, _, errors = atp()
+    thread.join()
+    assert code == 75
+    assert f"{number.name}: the runs finish their step and save" in errors
+    assert [(folder / f"undefended-seed{seed}" / "saved").exists() for seed in (0, 1)] == [True, True]
+    states = listed()
+    assert [states[name] for name in EVERYTHING] == ["complete", "interrupted", "interrupted", "waiting", "waiting"]
+    fake.behave()
+    fake.calls()
+    assert atp()[0] == 0
+    assert "resume undefended-seed0" in fake.calls()
+
+
+def test_a_directory_of_another_recipe_is_refused_and_left_alone(fake, atp):
+    atp()
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    fake.calls()
+    code, _, errors = atp(study=small(set=["evolve.learning_rate=0.01"]))
+    assert (code, fake.calls()) == (2, [])
+    assert "runs/small/kl_3-seed1: was made with another recipe (evolve.learning_rate); give the arm another" in errors
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_a_study_may_be_moved(fake, atp):
+    atp()
+    fake.calls()
+    Path("runs/small").rename("elsewhere")
+    assert atp("--out", "elsewhere")[0] == 0
+    assert fake.calls() == []
+
+
+def test_a_second_runner_is_refused(fake, atp):
+    Path("runs/small").mkdir(parents=True)
+    with Path("runs/small/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, errors = atp()
+    assert (code, fake.calls()) == (2, [])
+    assert "runs/small: another `atp study` is at work here" in errors
+
+
+def test_a_run_that_another_process_still_works_at_is_waited_for(fake, atp):
+    atp()
+    fake.calls()
+    run = Path("runs/small/kl_3-seed1").absolute()
+    summary = (run / "summary.json").read_text()
+    (run / "summary.json").unlink()
+    with (run / "recipe.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def finish() -> None:
+            time.sleep(0.5)
+            (run / "summary.json").write_text(summary)
+            held.close()
+
+        threading.Timer(0.5, finish).start()
+        code, output, _ = atp()
+    assert (code, fake.calls()) == (0, [])
+    assert "kl_3-seed1 is at work in another process; waiting for it" in output
+
+
+def test_only_some_arms(fake, atp):
+    assert atp("--only", "kl_3")[0] == 0
+    assert sorted(fake.calls()) == ["run align", "run kl_3-seed0", "run kl_3-seed1"]
+    assert listed()["undefended-seed0"] == "waiting"
+    code, _, errors = atp("--only", "kl_4")
+    assert code == 2
+    assert "--only kl_4: no such arm; known are undefended, kl_3" in errors
+
+
+def test_one_member(fake, atp):
+    code, _, errors = atp("--member", "kl_3-seed0")
+    assert code == 2
+    assert "starts from align, which is not complete" in errors
+    assert atp("--member", "align")[0] == 0
+    assert atp("--member", "kl_3-seed0")[0] == 0
+    assert fake.calls() == ["run align", "run kl_3-seed0"]
+    assert listed()["kl_3-seed0"] == "complete"
+    assert listed()["kl_3-seed1"] == "waiting"
+    assert atp("--member", "kl_3")[0] == 2
+
+
+def test_a_dry_run_writes_nothing(fake, atp):
+    code, output, _ = atp("--dry-run")
+    assert (code, fake.calls(), Path("runs").exists()) == (0, [], False)
+    assert "study small in runs/small: 4 members, 1 alignments" in output
+    assert "  kl_3-seed1        to run, from align" in output
+    assert "primary contrasts: kl_3 against undefended" in output
+    atp()
+    Path("runs/small/kl_3-seed1/summary.json").unlink()
+    _, output, _ = atp("--dry-run")
+    assert "  kl_3-seed1        to resume, from align" in output
+    assert "  kl_3-seed0        is complete, from align" in output
+
+
+def test_cores_are_shared(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "available_cores", lambda: 8)
+    local.run_study(plan(small()), workers=4)
+    threads = {line.split()[1]: line.split()[2] for line in (tmp_path / "calls.txt").read_text().splitlines()}
+    assert threads == dict.fromkeys(EVERYTHING, "2") | {"align": "8"}  # one alignment has them all
+
+
+def test_each_worker_has_a_gpu_of_its_own(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    fake.behave(**{name.replace("-", "__"): "complete" for name in EVERYTHING})
+    local.run_study(plan(small()), workers=2)
+    gpus = [line.split()[3] for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    assert set(gpus) <= {"2", "5"}
+    assert gpus[0] == "2"
+    assert local._devices(3) == [(0, "2"), (1, "5"), (2, "2")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert local._devices(2) == [(0, None), (1, None)]
+
+
+def made(folder: Path) -> Plan:
+    return plan(small(), folder)
+
+
+def test_steps_of_runs_at_work_count_for_the_time_left(tmp_path):
+    study = made(tmp_path / "s")
+    assert local.total_steps(study.members) == 4 * (36 + 1)
+    first = study.members[0]
+    assert local.steps_done(first) == 0
+    first.folder.mkdir(parents=True)
+    (first.folder / "metrics.jsonl").write_text("{}\n{}\n{}")  # the third line is still being written
+    assert local.steps_done(first) == 2
+
+
+def test_the_news_come_when_a_step_was_taken(tmp_path):
+    study, told = made(tmp_path / "s"), list[tuple[int, str]]()
+    news = local._News(study.members, lambda step, text, important=False: told.append((step, text)))
+    news.tell([])
+    news.tell([])
+    first = study.members[0]
+    first.folder.mkdir(parents=True)
+    (first.folder / "metrics.jsonl").write_text("{}\n" * 36)
+    (first.folder / "summary.json").write_text("{}")
+    news.tell([])
+    assert told == [(0, "0 of 4 runs complete"), (37, "1 of 4 runs complete")]
+
+
+def test_the_state_of_other_runs_is_kept(tmp_path):
+    study = made(tmp_path / "s")
+    first = record.Record(study)
+    first.begin(study.jobs)
+    first.update({"kl_3-seed0": "failed"}, error="why")
+    record.Record(study).update({"kl_3-seed1": "running"})
+    assert listed(tmp_path / "s") == dict.fromkeys(EVERYTHING, "waiting") | {
+        "kl_3-seed0": "failed", "kl_3-seed1": "running",
+    }  # fmt: skip
+    assert not (tmp_path / "s" / "summary.json").exists()  # nothing to read yet
+
+
+# --- Slurm
+
+
+SBATCH = """#!/bin/bash
+echo "$@" >> "$CALLS"
+echo "$((40 + $(wc -l < "$CALLS")));cluster"
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """A stand-in that gives jobs the numbers 41, 42, ...; the file of what it was called with."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "sbatch.txt"))
+    return tmp_path / "sbatch.txt"
+
+
+def test_two_arrays_are_submitted_one_after_the_other(sbatch, atp, tmp_path):
+    code, output, _ = atp("--launcher", "slurm")
+    assert code == 0
+    folder = tmp_path / "runs" / "small" / "slurm"
+    assert sbatch.read_text().splitlines() == [
+        f"--parsable --array=1-1 {folder}/array.sbatch {folder}/alignments.txt",
+        f"--parsable --dependency=afterok:41 --kill-on-invalid-dep=yes --array=1-4 {folder}/array.sbatch "
+        f"{folder}/members.txt",
+    ]
+    assert output.splitlines() == ["alignments: 1 tasks of job 41", "members: 4 tasks of job 42"]
+    subprocess.run(["bash", "-n", str(folder / "array.sbatch")], check=True)
+    lines = [line.split() for line in (folder / "members.txt").read_text().splitlines()]
+    assert [Path(run).name for run, _ in lines] == EVERYTHING[1:]
+    for run, recipe in lines:  # as launch/slurm/study.sbatch reads them
+        assert load([recipe]).run.dir == str(Path(run).relative_to(tmp_path))
+
+
+def test_what_is_complete_is_not_submitted(sbatch, fake, atp):
+    atp("--only", "kl_3")
+    atp("--launcher", "slurm")
+    [call] = sbatch.read_text().splitlines()
+    assert "--array=1-2 " in call
+    assert "--dependency" not in call
+    atp()
+    assert "everything is complete" in atp("--launcher", "slurm")[1]
+
+
+def test_a_dry_run_of_slurm_prints_all_and_writes_nothing(atp):
+    code, output, _ = atp("--launcher", "slurm", "--dry-run")
+    assert (code, Path("runs").exists()) == (0, False)
+    assert "#SBATCH --requeue" in output
+    assert "sbatch --parsable --dependency=afterok:ALIGNMENTS --kill-on-invalid-dep=yes --array=1-4" in output
+
+
+def test_without_sbatch_nothing_is_written(atp, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, _, errors = atp("--launcher", "slurm")
+    assert (code, Path("runs").exists()) == (2, False)
+    assert "there is no `sbatch` on this machine" in errors
+
+
+def task(folder: Path, tmp_path: Path, status: int) -> tuple[int, str]:
+    """Run the script as the array's second task with stand-ins for srun and scontrol."""
+    bin = tmp_path / "bin"
+    for name, body in (
+        ("srun", f'echo "srun $@" >> "$CALLS"\nexit {status}'),
+        ("scontrol", 'echo "scontrol $@" >> "$CALLS"'),
+    ):
+        (bin / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin / name).chmod(0o755)
+    (tmp_path / "sbatch.txt").unlink()
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "77"}
+    done = subprocess.run(["bash", folder / "array.sbatch", folder / "members.txt"], env=environment, cwd="/")
+    return done.returncode, (tmp_path / "sbatch.txt").read_text()
+
+
+@pytest.mark.parametrize(("status", "code", "requeues"), [(0, 0, False), (75, 0, True), (1, 1, False)])
+def test_a_task_runs_its_member_and_requeues_itself_when_interrupted(sbatch, atp, tmp_path, status, code, requeues):
+    atp("--launcher", "slurm")
+    ended, calls = task(tmp_path / "runs" / "small" / "slurm", tmp_path, status)
+    assert ended == code
+    first, *others = calls.splitlines()
+    assert first.endswith(f"-m atp_rl study {tmp_path}/study.yaml --out runs/small --member undefended-seed1")
+    assert others == (["scontrol requeue 77_2"] if requeues else [])
+
+
+def test_only_models_that_need_one_ask_for_a_gpu():
+    tiny = made(Path("runs/small"))
+    assert "--gpus" not in slurm.script_text(tiny, Path("s.yaml"))
+    member = tiny.members[0]
+    large = member.recipe.model_copy(update={"model": member.recipe.model.model_copy(update={"name": "Qwen/Qwen3-8B"})})
+    job = Member(**{**vars(member), "recipe": large})
+    assert "#SBATCH --gpus-per-node=1" in slurm.script_text(Plan(tiny.study, tiny.folder, [], [job]), Path("s.yaml"))
+
+
+def test_a_folder_that_a_list_cannot_name_is_refused(sbatch, atp):
+    code, _, errors = atp("--launcher", "slurm", "--out", "a b")
+    assert code == 2
+    assert "choose a folder without blanks" in errors
+    assert not Path("a b").exists()
