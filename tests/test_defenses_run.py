@@ -20,6 +20,14 @@ OPTIONS: dict[str, str] = {
     "interleave": "rho: 0.5",
 }
 """What a defense is given here, in YAML; the others have their defaults."""
+GAME = (
+    "scenarios.testbed=collusion",
+    "scenarios.families=[bay_fishers,taxi_rank]",
+    "scenarios.collusion={n: 4, threshold: 2}",
+    "evolve.group_size=2",
+)
+SETTINGS: dict[str, tuple[str, ...]] = {"dissenters": GAME, "peer_hiding": GAME}
+"""Where a defense needs another world than role play."""
 BEFORE: dict[str, str] = {"kl_anchor of the rule stream": "{name: interleave, rho: 0.5}"}
 """What it stands behind in the list."""
 VARIANTS: dict[str, str] = {
@@ -37,7 +45,8 @@ def recipe_of(case: str, folder: Path) -> Recipe:
     default = ", ".join(part for part in (f"name: {case}", OPTIONS.get(case)) if part)
     listed = [part for part in (BEFORE.get(case), f"{{{VARIANTS.get(case, default)}}}") if part]
     settings = (f"evolve.start_from={aligned_with_pairs()}", "evaluate.every=1", "evolve.updates_per_step=2")
-    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, steps=2, rounds=2)
+    others = SETTINGS.get(case, ())
+    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, *others, steps=2, rounds=2)
 
 
 @pytest.fixture(scope="module")
