@@ -13,6 +13,7 @@ import pytest
 from atp_rl import pipeline
 from atp_rl.defenses import DEFENSES, Defense, Setting
 from atp_rl.defenses.neutral_text import NeutralText
+from atp_rl.defenses.reminder import put
 from atp_rl.defenses.seen_violations import seen_violations
 from atp_rl.model.policy import load_chat
 from atp_rl.model.sampler import TextSampler
@@ -189,6 +190,16 @@ def test_a_reminder_at_the_end_of_every_second_round():
 def test_a_reminder_of_ones_own_at_the_start():
     sampler, _ = play(made({"name": "reminder", "place": "first", "text": "Be good."}), [B, A])
     assert read(sampler, 1) == [f"Be good.\n{first(1)}", f"[{B}]", later(BROKE, 2)]
+
+
+def test_a_text_is_put_into_messages_of_the_user_alone():
+    system: Message = {"role": "system", "content": "s"}
+    user: Message = {"role": "user", "content": "u"}
+    call: Message = {"role": "assistant", "content": "c"}
+    output: Message = {"role": "tool", "content": "o"}
+    assert put("T", [system, user, call, output], "last") == (system, {"role": "user", "content": "u\nT"}, call, output)
+    both = put("T", [user, call, user], "first")
+    assert both == ({"role": "user", "content": "T\nu"}, call, user)
 
 
 def test_the_sentence_of_the_rule():

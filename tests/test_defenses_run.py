@@ -23,11 +23,10 @@ OPTIONS: dict[str, str] = {
 GAME = (
     "scenarios.testbed=collusion",
     "scenarios.families=[bay_fishers,taxi_rank]",
-    "scenarios.collusion={n: 4, threshold: 2}",
-    "evolve.group_size=2",
+    "scenarios.collusion={n: 3, threshold: 2}",
 )
-SETTINGS: dict[str, tuple[str, ...]] = {"dissenters": GAME, "peer_hiding": GAME}
-"""Where a defense needs another world than role play."""
+OF_GAMES = ("dissenters", "peer_hiding")
+"""The others play role play."""
 BEFORE: dict[str, str] = {"kl_anchor of the rule stream": "{name: interleave, rho: 0.5}"}
 """What it stands behind in the list."""
 VARIANTS: dict[str, str] = {
@@ -45,8 +44,8 @@ def recipe_of(case: str, folder: Path) -> Recipe:
     default = ", ".join(part for part in (f"name: {case}", OPTIONS.get(case)) if part)
     listed = [part for part in (BEFORE.get(case), f"{{{VARIANTS.get(case, default)}}}") if part]
     settings = (f"evolve.start_from={aligned_with_pairs()}", "evaluate.every=1", "evolve.updates_per_step=2")
-    others = SETTINGS.get(case, ())
-    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, *others, steps=2, rounds=2)
+    world = GAME if case in OF_GAMES else ()
+    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, *world, steps=2, rounds=2)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_a_weight_is_pulled_by_what_the_answers_depend_on_it_and_never_past_the_
     ewc.fisher[key] = torch.zeros_like(aligned[key])
     ewc.fisher[key][0, :3] = torch.tensor([0.0, 2.0, 50.0])
     with torch.no_grad():
-        policy.by_key()[key] += 1
+        policy.by_key()[key].add_(1)
     ewc.after_update(policy)
     away = (policy.state()[key] - aligned[key])[0, :3]
     assert away.tolist() == pytest.approx([1.0, 0.8, 0.0], abs=1e-6)

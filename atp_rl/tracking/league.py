@@ -216,6 +216,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
     }
     records = [record for found in arms.values() for record in found]
     aligned, tipped = _payoff_scale(records)
+    cells = {record.path: _by_scenario(record) for record in records}
     horizon = min(record.summary["time_to"][THRESHOLD]["censored_at"] for record in records)
     wanted = next((reference for reference, _ in study["primary"]), next(iter(arms)))
     reference = wanted if wanted in arms else next(iter(arms))
@@ -234,7 +235,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 planned=len(of_arm),
                 differs=tuple(of_arm[0]["differs"]),
                 start=seed_mean([_value(record, "violation", at=0) for record in found]),
-                violation=_violation(found),
+                violation=_violation(found, cells),
                 deployed=_within(seed_mean([v for record in found if (v := _deployed(record)) is not None]), 1),
                 invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
@@ -253,14 +254,16 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
         )
     tests = []
     for against, arm in study["primary"]:
-        found = _contrasts(arms[arm], arms[against], horizon) if arm in arms and against in arms else []
+        found = _contrasts(arms[arm], arms[against], horizon, cells) if arm in arms and against in arms else []
         for i, contrast in enumerate(found):
             if contrast is not None:
                 tests.append(Test(arm, against, MEASURES[i], i < PRIMARY, contrast, None))
     return Block(title, reference, horizon, aligned, tipped, rows, tests)
 
 
-def _contrasts(arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon: int) -> list[Contrast | None]:
+def _contrasts(
+    arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon: int, decisions: Mapping[Path, Decisions]
+) -> list[Contrast | None]:
     """Of each of `MEASURES`, over the seeds that both have; the last one only where both stored their episodes."""
     theirs = {_seed(record): record for record in reference}
     pairs = [(record, theirs[_seed(record)]) for record in arm if _seed(record) in theirs]
@@ -275,7 +278,7 @@ def _contrasts(arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon
         over_seeds(lambda record: _or_nan(payoff_at(_violation_and_payoff(record)))),
         over_seeds(lambda record: _value(record, "violation")),
     ]
-    cells = [(_by_scenario(a), _by_scenario(b)) for a, b in pairs]
+    cells = [(decisions[a.path], decisions[b.path]) for a, b in pairs]
     if not all(a and b for a, b in cells):
         return [*by_seed, None]
     scenarios = sorted(set().union(*(cell for pair in cells for cell in pair)))
@@ -335,9 +338,9 @@ def _violation_and_payoff(record: RunRecord) -> list[Point]:
     return [(_or_nan(split["violation"]["value"]), split["payoff_mean"]) for _, split in record.curve]
 
 
-def _violation(records: Sequence[RunRecord]) -> Rate:
+def _violation(records: Sequence[RunRecord], decisions: Mapping[Path, Decisions]) -> Rate:
     """At the last checkpoint, from the stored episodes where every run has them, or else from its rates."""
-    cells = [_by_scenario(record) for record in records]
+    cells = [decisions[record.path] for record in records]
     if not all(cells):
         rate = _within(seed_mean([_value(record, "violation") for record in records]), 1)
         return replace(rate, n=sum(record.curve[-1][1]["violation"]["n"] for record in records))
@@ -349,7 +352,11 @@ def _violation(records: Sequence[RunRecord]) -> Rate:
     return cluster_rate(arrays)
 
 
-def _by_scenario(record: RunRecord) -> dict[str, list[float]]:
+Decisions = dict[str, list[float]]
+"""By scenario, 1 for each violation and 0 for each other decision."""
+
+
+def _by_scenario(record: RunRecord) -> Decisions:
     """Whether each decision at the last checkpoint was a violation, by scenario; empty where nothing was stored.
 
     The decisions are those that the checkpoint's rate counts, or it is empty.
@@ -357,7 +364,7 @@ def _by_scenario(record: RunRecord) -> dict[str, list[float]]:
     step, split = record.curve[-1]
     if step not in record.episode_steps():
         return {}
-    cells: dict[str, list[float]] = {}
+    cells: Decisions = {}
     for episode in record.episodes(step):
         for turn in episode["turns"]:
             if turn["verdict"] is not None and turn.get("ruled", True) and turn.get("player") != "aligned":
