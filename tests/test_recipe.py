@@ -425,13 +425,16 @@ class KLAnchor:
         if self.beta == 0:
             raise ValueError("beta 0 anchors nothing; leave the defense out")
 
+    def beside(self, others) -> None:
+        assert self in others
+
 
 @dataclass
 class Gate:
     n: int
 
-    def accept(self) -> bool:
-        return True
+    def beside(self, others) -> None:
+        assert self in others
 
 
 @pytest.fixture
