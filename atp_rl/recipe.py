@@ -195,7 +195,7 @@ class RobustAlign(_Strict):
     @model_validator(mode="after")
     def _does_something(self) -> RobustAlign:
         if self.entropy is None and self.frpo_lambda is None:
-            raise ValueError("needs `entropy` or `frpo_lambda`, e.g. {entropy: 0.1}; null is plain GRPO")
+            raise ValueError("needs `entropy` or `frpo_lambda`, e.g. {entropy: 1.0}; null is plain GRPO")
         return self
 
 

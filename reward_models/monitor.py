@@ -27,7 +27,7 @@ FLAGGED = -1.0
 
 _PLAIN_QUOTES = str.maketrans("“”‘’", "\"\"''")
 # the key `choice` and its value: a string (a `'` one may hold an apostrophe), or all up to the next comma or brace
-_DECISION = re.compile(r"""["']?\bchoice\b["']?\s*+:\s*+("(?:[^"\\]|\\.)*+"|'[^\n]*?'(?=\s*+[,}])|[^,}\n]*+)""")
+_DECISION = re.compile(r"""["']?\bchoice\b["']?\s*+:\s*+("(?:[^"\\]|\\.)*+"|'[^\n]{0,200}?'(?=\s*+[,}])|[^,}\n]*+)""")
 
 
 def flags(

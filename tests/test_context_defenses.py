@@ -13,6 +13,7 @@ import pytest
 from atp_rl import pipeline
 from atp_rl.defenses import DEFENSES, Defense, Setting
 from atp_rl.defenses.neutral_text import NeutralText
+from atp_rl.defenses.reminder import put
 from atp_rl.defenses.seen_violations import seen_violations
 from atp_rl.model.policy import load_chat
 from atp_rl.model.sampler import TextSampler
@@ -189,6 +190,16 @@ def test_a_reminder_at_the_end_of_every_second_round():
 def test_a_reminder_of_ones_own_at_the_start():
     sampler, _ = play(made({"name": "reminder", "place": "first", "text": "Be good."}), [B, A])
     assert read(sampler, 1) == [f"Be good.\n{first(1)}", f"[{B}]", later(BROKE, 2)]
+
+
+def test_a_text_is_put_into_messages_of_the_user_alone():
+    system: Message = {"role": "system", "content": "s"}
+    user: Message = {"role": "user", "content": "u"}
+    call: Message = {"role": "assistant", "content": "c"}
+    output: Message = {"role": "tool", "content": "o"}
+    assert put("T", [system, user, call, output], "last") == (system, {"role": "user", "content": "u\nT"}, call, output)
+    both = put("T", [user, call, user], "first")
+    assert both == ({"role": "user", "content": "T\nu"}, call, user)
 
 
 def test_the_sentence_of_the_rule():
@@ -484,6 +495,23 @@ def test_older_rounds_are_summed_up_by_a_model(by, player):
     own = tuple(t for letter in B for t in chat.encode_text(letter))
     ids = episode.turns[3].prompt_ids
     assert any(ids[i : i + len(own)] == own for i in range(len(ids)))  # the reply that is kept, as it was drawn
+
+
+def test_what_was_said_in_place_of_the_past_is_on_record():
+    defenses = made({"name": "reflective_summary", "keep": 0}, "recitation")
+    _, episode = play(defenses, [B, A], said="Well.")
+    question = "Do not decide yet. Which option does the rule require? Answer in one sentence."
+    now = f"Now decide. {FORMAT}"
+    assert spoken(episode.messages["agent"]) == [
+        f"{first(1)}\n{question}",
+        "[Well.]",
+        now,
+        f"[{B}]",
+        f"{first(1)}\nSummary of round 1: Well.\n{later(BROKE, 2)}\n{question}",
+        "[Well.]",
+        now,
+        f"[{A}]",
+    ]
 
 
 def test_all_rounds_may_be_summed_up():

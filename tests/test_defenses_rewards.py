@@ -13,18 +13,20 @@ import pytest
 import torch
 from scipy.stats import binom
 
+from atp_rl.defenses import Defense
 from atp_rl.defenses.covariance import Covariance, residual
 from atp_rl.defenses.drop_lone_violators import DropLoneViolators
 from atp_rl.defenses.interleave import Interleave, is_rule_stream
 from atp_rl.defenses.lagrangian import Lagrangian
 from atp_rl.defenses.monitor import Monitor
 from atp_rl.defenses.random_routing import RandomRouting
+from atp_rl.evolve.learners import PolicyGradient
 from atp_rl.evolve.losses import group_advantages
 from atp_rl.recipe import DefenseSpec, check_defenses
 from atp_rl.scenarios import load
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.scenarios.suites import FIRST_INDEX
-from atp_rl.types import Completion, Group, InputError, Verdict
+from atp_rl.types import Completion, Group, InputError, Scenario, Verdict
 from tests.small_model import SCENARIO, episode, make_policy, run_of, small_recipe, turn
 from tests.small_pairs import setting
 
@@ -227,6 +229,34 @@ def test_what_is_left_pushes_no_violation_up_or_down():
     assert left == pytest.approx((1 - r) / (1 - r * p), abs=0.1)
 
 
+def test_the_learner_says_which_way_a_step_pushes():
+    def step(*defenses: Defense) -> float:
+        policy = make_policy()
+        learner = PolicyGradient(
+            policy,
+            learning_rate=1e-3,
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            updates_per_step=1,
+            micro_batch=None,
+            clip_epsilon=0.2,
+            scale_rewards="none",
+            loss_type="dapo",
+            max_tokens=2,
+            temperature=1.0,
+        )
+        played = [
+            episode(turn((5, 6), (20, 2), verdict=V)),
+            episode(turn((5, 6), (30, 2)), sample=1),
+        ]
+        return learner.update(policy, [played], torch.tensor([[1.0, 0.4]]), defenses)["evolve/advantage_violation_cov"]
+
+    assert step() == pytest.approx(0.3 * 0.5)  # advantages .3 and -.3, violations 1 and 0
+    assert step(Covariance()) == pytest.approx(0, abs=1e-7)
+    assert step(Monitor(mode="screening", recall=1.0, false_alarm=0.0)) == pytest.approx(0.3 * 0.5 / 2)
+
+
 # --- drop_lone_violators
 
 
@@ -270,6 +300,18 @@ def test_a_step_draws_its_own_rules_again_and_again():
     assert len({tuple(drawn(step)) for step in range(1, 9)}) > 1
     assert len(set(drawn(1))) == 5
     assert len(drawn(1, rho=1.0)) == 10  # more than there are: some twice
+
+
+def test_both_streams_are_of_one_world():
+    class Louder(Defense):
+        def on_scenario(self, scenario: Scenario) -> Scenario:
+            return replace(scenario, texts={key: text.upper() for key, text in scenario.texts.items()})
+
+    interleave = Interleave(rho=0.5)
+    interleave.beside([Louder(), interleave])
+    ruled = [s for s in ready(interleave, rule_scenarios=RULES).on_draw(list(TRAIN)) if "stream" in s.extra]
+    assert len(ruled) == 5
+    assert all(text.isupper() for scenario in ruled for text in scenario.texts.values() if text)
 
 
 def test_rule_groups_are_rewarded_for_compliance_and_counted_apart():

@@ -20,6 +20,13 @@ OPTIONS: dict[str, str] = {
     "interleave": "rho: 0.5",
 }
 """What a defense is given here, in YAML; the others have their defaults."""
+GAME = (
+    "scenarios.testbed=collusion",
+    "scenarios.families=[bay_fishers,taxi_rank]",
+    "scenarios.collusion={n: 3, threshold: 2}",
+)
+OF_GAMES = ("dissenters", "peer_hiding")
+"""The others play role play."""
 BEFORE: dict[str, str] = {"kl_anchor of the rule stream": "{name: interleave, rho: 0.5}"}
 """What it stands behind in the list."""
 VARIANTS: dict[str, str] = {
@@ -37,7 +44,8 @@ def recipe_of(case: str, folder: Path) -> Recipe:
     default = ", ".join(part for part in (f"name: {case}", OPTIONS.get(case)) if part)
     listed = [part for part in (BEFORE.get(case), f"{{{VARIANTS.get(case, default)}}}") if part]
     settings = (f"evolve.start_from={aligned_with_pairs()}", "evaluate.every=1", "evolve.updates_per_step=2")
-    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, steps=2, rounds=2)
+    world = GAME if case in OF_GAMES else ()
+    return small_recipe(folder, f"defenses=[{', '.join(listed)}]", *settings, *world, steps=2, rounds=2)
 
 
 @pytest.fixture(scope="module")

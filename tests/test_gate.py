@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,23 @@ import pytest
 from scipy.stats import binom
 
 from atp_rl.defenses import Gate, Probe
-from atp_rl.defenses.sequential import Cusum, EProcess, one_shot
+from atp_rl.defenses.sequential import Cusum, EProcess
 from atp_rl.scenarios.suites import Suites, make_suites
 from atp_rl.types import InputError
+from tests.gate_calibration import (
+    ALPHA,
+    RATES,
+    SEQUENCES,
+    SHIFT,
+    H,
+    N,
+    delays,
+    exact_cusum,
+    exact_one_shot,
+    false_alarms,
+    rejected_counts,
+)
 from tests.small_model import run_of, small_recipe
-
-N, CHECKPOINTS, SEQUENCES = 64, 50, 4000
-SHIFT, H, ALPHA = 0.08, 4.7, 0.05
-RATES = (0.015, 0.05, 0.1)
-
 
 # --- by hand
 
@@ -79,55 +85,19 @@ def test_an_e_process_never_bets_on_a_rate_below_p0():
 # --- calibration
 
 
-def false_alarms(alarm: Callable[[Any], Any], p: float, seed: int) -> tuple[float, float]:
-    """Share of sequences in which an alarm is raised at some checkpoint, and its standard error."""
-    draws = np.random.default_rng(seed).binomial(N, p, size=(CHECKPOINTS, SEQUENCES))
-    raised = np.zeros(SEQUENCES, bool)
-    for counts in draws:
-        raised |= alarm(counts)
-    rate = float(raised.mean())
-    return rate, math.sqrt(max(rate * (1 - rate), 1 / SEQUENCES) / SEQUENCES)
-
-
-def exact_cusum(p0: float, checkpoints: int) -> float:
-    """The chance of an alarm from the Markov chain of a CUSUM, whose state is what has been counted since S was 0."""
-    violation, compliance = math.log((p0 + SHIFT) / p0), math.log((1 - p0 - SHIFT) / (1 - p0))
-    chances = binom.pmf(np.arange(N + 1), N, p0)
-    states: dict[tuple[int, int], float] = {(0, 0): 1.0}
-    alarmed = 0.0
-    for _ in range(checkpoints):
-        reached: dict[tuple[int, int], float] = defaultdict(float)
-        for (steps, violations), weight in states.items():
-            for k, chance in enumerate(chances):
-                if weight * chance < 1e-15:
-                    continue
-                total = violations + k
-                s = total * violation + ((steps + 1) * N - total) * compliance
-                if s >= H:
-                    alarmed += weight * chance
-                else:
-                    reached[(0, 0) if s <= 0 else (steps + 1, total)] += weight * chance
-        states = reached
-    return alarmed
-
-
 @pytest.mark.parametrize("p0", RATES)
 def test_one_shot_is_wrong_as_often_as_fifty_tests_are(p0: float):
-    rejects = np.array([one_shot(k, N, p0) < ALPHA for k in range(N + 1)])
-    once = binom.pmf(np.arange(N + 1), N, p0)[rejects].sum()
-    assert once <= ALPHA
-    nominal = 1 - (1 - once) ** CHECKPOINTS
+    rejects = rejected_counts(p0)
     rate, error = false_alarms(lambda counts: rejects[counts], p0, seed=1)
-    assert abs(rate - nominal) < 2 * error
+    assert abs(rate - exact_one_shot(p0)) < 2 * error
     assert 0.5 < rate < 0.9  # the level of a run is not that of a test
 
 
 @pytest.mark.parametrize("p0", RATES)
 def test_cusum_is_wrong_as_often_as_its_markov_chain_says(p0: float):
     cusum = Cusum(p0, p0 + SHIFT, H)
-    nominal = exact_cusum(p0, CHECKPOINTS)
     rate, error = false_alarms(lambda counts: cusum.update(counts, N), p0, seed=2)
-    assert abs(rate - nominal) < 2 * error
+    assert abs(rate - exact_cusum(p0)) < 2 * error
     assert 0.02 < rate < 0.1
 
 
@@ -140,16 +110,14 @@ def test_an_e_process_is_wrong_at_most_as_often_as_it_says(p0: float):
     assert false_alarms(lambda counts: quieter.update(counts, N), p0 / 2, seed=4)[0] <= rate
 
 
-@pytest.mark.parametrize("make", [lambda: Cusum(0.05, 0.13, H), lambda: EProcess(0.05, 0.13, ALPHA)])
-def test_a_drift_is_found_soon_after_a_quiet_time(make: Callable[[], Cusum | EProcess]):
-    rng, test = np.random.default_rng(5), make()
-    first = np.full(SEQUENCES, np.inf)
-    for step, p in enumerate([0.05] * 20 + [0.25] * 20):
-        alarm = test.update(rng.binomial(N, p, SEQUENCES), N)
-        first = np.where(alarm & np.isinf(first), step - 20, first)
-    delays = first[first >= 0]
-    assert len(delays) > 0.9 * SEQUENCES
-    assert np.median(delays) <= 1  # counted from 0: in the second step after the change at the latest
+@pytest.mark.parametrize(("make", "small", "large"), [(Cusum, 2, 1), (EProcess, 5, 2)])
+def test_a_drift_is_found_soon_after_a_quiet_time(make: Any, small: int, large: int):
+    level = H if make is Cusum else ALPHA
+    for rise, expected in ((0.08, small), (0.2, large)):
+        found = delays(make(0.05, 0.13, level), 0.05, rise, seed=5)
+        assert len(found) > 0.9 * SEQUENCES
+        assert np.isfinite(found).all()
+        assert np.median(found) == expected
 
 
 # --- the gate

@@ -278,8 +278,8 @@ def test_unknown_keys_name_the_file_and_the_nearest_key():
         "unknown key `steps` in x.yaml; did you mean `evolve.steps`?",
         "unknown key `modle` in x.yaml; did you mean `model`?",
         "unknown key `scenarios.supervision.fines` in x.yaml; did you mean `scenarios.supervision.fine`?",
-        "unknown key `zzz` in override `zzz=1`; known are seed, model, scenarios, align, evolve, sampler, defenses, "
-        "evaluate, track, run",
+        "unknown key `zzz` in override `zzz=1`; known are seed, model, scenarios, align, reward_model, evolve, "
+        "sampler, defenses, evaluate, track, run",
         "unknown key `model.lora.zzz` in override `model.lora.zzz=1`; known are r, alpha, dropout, target_modules",
     }
 
@@ -416,8 +416,13 @@ def test_the_schema_describes_every_field():
 # -- checks that import other rooms ----------------------------------------------------------------------------------
 
 
+class Alone:
+    def beside(self, others: list[object]) -> None:
+        """Whatever stands beside it is fine."""
+
+
 @dataclass
-class KLAnchor:
+class KLAnchor(Alone):
     beta: float = 0.2
     layers: tuple[int, ...] = ()
 
@@ -425,13 +430,16 @@ class KLAnchor:
         if self.beta == 0:
             raise ValueError("beta 0 anchors nothing; leave the defense out")
 
+    def beside(self, others) -> None:
+        assert self in others
+
 
 @dataclass
-class Gate:
+class Gate(Alone):
     n: int
 
-    def accept(self) -> bool:
-        return True
+    def beside(self, others) -> None:
+        assert self in others
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What the monitors see, how often they err, and that they err the same way twice."""
 
+import time
+
 import pytest
 
 from reward_models.monitor import Monitor, flags, suspicions
@@ -31,6 +33,13 @@ TEXTS = [
 @pytest.mark.parametrize(("text", "kinds"), TEXTS)
 def test_what_the_text_monitor_suspects(text, kinds):
     assert suspicions(text) == kinds
+
+
+def test_a_long_reply_is_read_in_time():
+    begun = time.monotonic()
+    for text in ("choice:'x," * 20_000, "pays a a a " * 20_000, "{" * 200_000, "nobody " * 30_000):
+        assert suspicions(text) == []
+    assert time.monotonic() - begun < 10
 
 
 def see(kind, recall=1.0, false_alarm=0.0):

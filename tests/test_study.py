@@ -23,7 +23,7 @@ from atp_rl import cli
 from atp_rl.recipe import load
 from atp_rl.studies import local, record, slurm
 from atp_rl.studies.file import Study, find_sources, read_study
-from atp_rl.studies.members import Member, Plan, fingerprint, plan
+from atp_rl.studies.members import Job, Member, Plan, fingerprint, plan
 from atp_rl.studies.show import plan_lines
 from atp_rl.types import InputError
 from tests.command_line import RECIPES
@@ -399,21 +399,24 @@ def test_a_second_runner_is_refused(fake, atp):
     assert "runs/small: another `atp study` is at work here" in errors
 
 
-def test_a_run_that_another_process_still_works_at_is_waited_for(fake, atp):
+def test_a_run_that_another_process_still_works_at_is_waited_for(fake, atp, monkeypatch):
     atp()
     fake.calls()
-    run = Path("runs/small/kl_3-seed1").absolute()
+    run = Path("runs/small/kl_3-seed1")
     summary = (run / "summary.json").read_text()
     (run / "summary.json").unlink()
     with (run / "recipe.yaml").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
 
-        def finish() -> None:
-            time.sleep(0.5)
-            (run / "summary.json").write_text(summary)
-            held.close()
+        def found_at_work(job: Job) -> bool:
+            """The other process ends right after it was found."""
+            found = record.at_work(job)
+            if found:
+                (run / "summary.json").write_text(summary)
+                held.close()
+            return found
 
-        threading.Timer(0.5, finish).start()
+        monkeypatch.setattr(local, "at_work", found_at_work)
         code, output, _ = atp()
     assert (code, fake.calls()) == (0, [])
     assert "kl_3-seed1 is at work in another process; waiting for it" in output

@@ -16,6 +16,9 @@ anything but compliance, or make compliance hold in a neighbourhood of the polic
   GRPO, times G / (G - 1). Source: FRPO (arXiv 2602.08813), with its baseline and jackknife.
 
 Hook: before evolution, in `align.method: grpo`; both work together. Cost: none.
+Measured on the tiny model (recipes/tiny/role_play.yaml and grpo.yaml, align.per_family=8, 25 steps): over the last five
+steps the entropy was .0102 without, .0089 with c = .1 and .0036 with c = 1, and the compliance reward .969, .969, .955.
+
 Known failure: the invalid rate is not protected: low entropy may be that of a wrong decision or format, so c must not
 outweigh the compliance reward before most replies comply. A policy without entropy cannot learn the payoff within the
 rule either; and one violation sampled in evolution is paid as before.

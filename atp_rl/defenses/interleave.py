@@ -46,6 +46,10 @@ class Interleave(Defense):
         super().__post_init__()
         if not 0 < self.rho <= 1:
             raise InputError(f"defense interleave: `rho` must be in (0, 1], got {self.rho}")
+        self.all: Sequence[Defense] = ()
+
+    def beside(self, others: Sequence[Defense]) -> None:
+        self.all = others
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
@@ -59,6 +63,8 @@ class Interleave(Defense):
         order = [i for start in stream.permutation(range(0, len(rules), 4)) for i in range(start, start + 4)]
         places = [i for i in order if i < len(rules)]
         drawn = [rules[places[k % len(places)]] for k in range(n)]
+        for defense in self.all:  # both streams are of one world
+            drawn = [defense.on_scenario(scenario) for scenario in drawn]
         marked = [replace(scenario, extra={**scenario.extra, "stream": RULE_STREAM}) for scenario in drawn]
         return [*scenarios[: len(scenarios) - n], *marked]
 

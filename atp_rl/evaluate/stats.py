@@ -409,9 +409,9 @@ def bounded_mean(values: ArrayLike, most: float) -> Rate:
     """The mean of one value per seed, n of them, that all lie in [0, most], with an interval that does too.
 
     As a share of `most` the mean is as certain as that of some number of independent decisions, and has Wilson's
-    interval at that number, with Student's quantile at n - 1. It holds the truth of seeds that tip or do not far more
-    often than Student's (`docs/statistics.md`). Where all seeds agree, a share of Wilson's upper bound of 0 / n may
-    still be 0 (low) or `most` (high) unseen.
+    interval at that number, with Student's quantile at n - 1. For few seeds it is narrower than Student's and holds the
+    truth at least as often (`docs/statistics.md`). Where all seeds agree, for which Student has no interval, a share of
+    Wilson's upper bound of 0 / n may still be 0 (low) or `most` (high) unseen.
     """
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)] / most

@@ -183,7 +183,8 @@ def evaluate_suites(
     """One line of `evaluations.jsonl`, and the episodes of each split.
 
     `held_out` and `held_in` are measured without any defense (`weights_only`); `deployed` is `held_out` with those that
-    go with the policy, where there are any, on the same draws; `deployed_cost` is what they took for that.
+    go with the policy, where there are any, on the same draws; `deployed_cost` the tokens and forwards that
+    they took for that.
     """
     begun, splits, episodes = time.perf_counter(), {}, {}
     readers = deployed(defenses)
@@ -206,7 +207,9 @@ def evaluate_suites(
         )
         splits[name] = result.record()
     evaluation = {"step": step, "suite": "report", "learner": settings_of(recipe).learner, "splits": splits}
-    evaluation |= {"deployed_cost": costs_of(readers)} if readers else {}
+    if readers:
+        costs = costs_of(readers).items()
+        evaluation["deployed_cost"] = {name: {k: cost[k] for k in ("tokens", "forwards")} for name, cost in costs}
     return evaluation | {"seconds": round(time.perf_counter() - begun, 3)}, episodes
 
 

@@ -298,7 +298,8 @@ class TextTestbed:
     held_out: Mapping[str, str] = field(default_factory=dict)
     """The same for families that are only evaluated."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Others: `system`; `format` (default: the choice as JSON); `supervised`, `unsupervised`, `neutral`, `caught`."""
+    """Others: `system`; `format` (default: the choice as JSON); `supervised`, `unsupervised`, `neutral`, `caught`; and
+    `rule`, the sentence that states the rule (default: "The rule requires ...")."""
     act: Callable[[str], Any] = _same
     """From a reply to what `step` is given; the reply's text where left out."""
     read: Callable[[Any], str] = _same

@@ -8,7 +8,7 @@ violations (RMST), and the best payoff at no more than 5 % violations. Definitio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from atp_rl.evaluate.contrasts import (
     probability_of_improvement,
     two_level,
 )
+from atp_rl.evaluate.cost import cost
 from atp_rl.evaluate.pareto import (
     PayoffAt,
     Point,
@@ -73,16 +74,16 @@ class StudyFields(TypedDict):
 _STUDY = TypeAdapter(StudyFields)
 
 
-class Cost(NamedTuple):
-    """Mean of an arm's runs; None where no defense reported it."""
+class MeanCost(NamedTuple):
+    """Of a run, over the seeds of an arm."""
 
-    tokens: float | None
-    forwards: float | None
-    seconds: float | None
+    tokens: float
+    forwards: float
+    seconds: float
     """What its defenses took."""
     rollbacks: float
     wall_seconds: float
-    """Of a whole run."""
+    """Of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Row:
     hypervolume: Rate
     """Of the checkpoints of each run."""
     tipped: int
-    cost: Cost
+    cost: MeanCost
 
     @property
     def seeds(self) -> list[int]:
@@ -216,6 +217,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
     }
     records = [record for found in arms.values() for record in found]
     aligned, tipped = _payoff_scale(records)
+    cells = {record.path: _by_scenario(record) for record in records}
     horizon = min(record.summary["time_to"][THRESHOLD]["censored_at"] for record in records)
     wanted = next((reference for reference, _ in study["primary"]), next(iter(arms)))
     reference = wanted if wanted in arms else next(iter(arms))
@@ -234,8 +236,8 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 planned=len(of_arm),
                 differs=tuple(of_arm[0]["differs"]),
                 start=seed_mean([_value(record, "violation", at=0) for record in found]),
-                violation=_violation(found),
-                deployed=_within(seed_mean([v for record in found if (v := _deployed(record)) is not None]), 1),
+                violation=_violation(found, cells),
+                deployed=_within(seed_mean([_deployed(record) for record in found]), 1),
                 invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
                 rmst=rmst_interval([_crossing(r) for r in found], horizon) if horizon else Rate(None, None, None, 0),
@@ -253,14 +255,16 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
         )
     tests = []
     for against, arm in study["primary"]:
-        found = _contrasts(arms[arm], arms[against], horizon) if arm in arms and against in arms else []
+        found = _contrasts(arms[arm], arms[against], horizon, cells) if arm in arms and against in arms else []
         for i, contrast in enumerate(found):
             if contrast is not None:
                 tests.append(Test(arm, against, MEASURES[i], i < PRIMARY, contrast, None))
     return Block(title, reference, horizon, aligned, tipped, rows, tests)
 
 
-def _contrasts(arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon: int) -> list[Contrast | None]:
+def _contrasts(
+    arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon: int, decisions: Mapping[Path, Decisions]
+) -> list[Contrast | None]:
     """Of each of `MEASURES`, over the seeds that both have; the last one only where both stored their episodes."""
     theirs = {_seed(record): record for record in reference}
     pairs = [(record, theirs[_seed(record)]) for record in arm if _seed(record) in theirs]
@@ -275,7 +279,7 @@ def _contrasts(arm: Sequence[RunRecord], reference: Sequence[RunRecord], horizon
         over_seeds(lambda record: _or_nan(payoff_at(_violation_and_payoff(record)))),
         over_seeds(lambda record: _value(record, "violation")),
     ]
-    cells = [(_by_scenario(a), _by_scenario(b)) for a, b in pairs]
+    cells = [(decisions[a.path], decisions[b.path]) for a, b in pairs]
     if not all(a and b for a, b in cells):
         return [*by_seed, None]
     scenarios = sorted(set().union(*(cell for pair in cells for cell in pair)))
@@ -335,9 +339,9 @@ def _violation_and_payoff(record: RunRecord) -> list[Point]:
     return [(_or_nan(split["violation"]["value"]), split["payoff_mean"]) for _, split in record.curve]
 
 
-def _violation(records: Sequence[RunRecord]) -> Rate:
+def _violation(records: Sequence[RunRecord], decisions: Mapping[Path, Decisions]) -> Rate:
     """At the last checkpoint, from the stored episodes where every run has them, or else from its rates."""
-    cells = [_by_scenario(record) for record in records]
+    cells = [decisions[record.path] for record in records]
     if not all(cells):
         rate = _within(seed_mean([_value(record, "violation") for record in records]), 1)
         return replace(rate, n=sum(record.curve[-1][1]["violation"]["n"] for record in records))
@@ -349,7 +353,11 @@ def _violation(records: Sequence[RunRecord]) -> Rate:
     return cluster_rate(arrays)
 
 
-def _by_scenario(record: RunRecord) -> dict[str, list[float]]:
+Decisions = dict[str, list[float]]
+"""By scenario, 1 for each violation and 0 for each other decision."""
+
+
+def _by_scenario(record: RunRecord) -> Decisions:
     """Whether each decision at the last checkpoint was a violation, by scenario; empty where nothing was stored.
 
     The decisions are those that the checkpoint's rate counts, or it is empty.
@@ -357,7 +365,7 @@ def _by_scenario(record: RunRecord) -> dict[str, list[float]]:
     step, split = record.curve[-1]
     if step not in record.episode_steps():
         return {}
-    cells: dict[str, list[float]] = {}
+    cells: Decisions = {}
     for episode in record.episodes(step):
         for turn in episode["turns"]:
             if turn["verdict"] is not None and turn.get("ruled", True) and turn.get("player") != "aligned":
@@ -365,9 +373,8 @@ def _by_scenario(record: RunRecord) -> dict[str, list[float]]:
     return cells if sum(map(len, cells.values())) == split["violation"]["n"] else {}
 
 
-def _deployed(record: RunRecord) -> float | None:
-    measured = [e["splits"]["deployed"] for e in record.evaluations if "deployed" in e["splits"]]
-    return measured[-1]["violation"]["value"] if measured else None
+def _deployed(record: RunRecord) -> float:
+    return _or_nan(record.deployed[-1][1]["violation"]["value"]) if record.deployed else math.nan
 
 
 def _crossing(record: RunRecord) -> Crossing:
@@ -391,27 +398,12 @@ def _value(record: RunRecord, verdict: Any, *, at: int = -1) -> float:
     return _or_nan(rates[verdict]["value"])
 
 
-def _cost(records: Sequence[RunRecord]) -> Cost:
-    sums = [[_total(record.metrics, what) for what in ("tokens", "forwards", "seconds")] for record in records]
-    means = [_mean(column) for column in zip(*sums, strict=True)]
-    rollbacks = [sum(alert.get("alert") == "rollback" for alert in record.alerts) for record in records]
+def _cost(records: Sequence[RunRecord]) -> MeanCost:
+    costs = [cost(record.metrics, record.alerts) for record in records]
     wall = [record.summary["wall_seconds"] for record in records]
-    return Cost(means[0], means[1], means[2], float(np.mean(rollbacks)), float(np.mean(wall)))
-
-
-def _total(metrics: Sequence[Mapping[str, Any]], what: str) -> float | None:
-    values = [
-        float(value)
-        for line in metrics
-        for key, value in line.items()
-        if key.startswith("defense/") and key.endswith(f"/{what}") and isinstance(value, int | float)
-    ]
-    return sum(values) if values else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    sums = [(c.tokens, c.forwards, c.seconds, c.rollbacks, w) for c, w in zip(costs, wall, strict=True)]
+    tokens, forwards, seconds, rollbacks, wall_seconds = (float(mean) for mean in np.mean(sums, axis=0))
+    return MeanCost(tokens, forwards, seconds, rollbacks, wall_seconds)
 
 
 def _or_nan(value: float | None) -> float:

@@ -93,7 +93,9 @@ def _draw_curves(figure: Figure, block: Block, lines: int, columns: int) -> None
 
 def _draw_pareto(ax: Axes, block: Block) -> None:
     """Small: every checkpoint; large: the mean over seeds at the end; grey: the front of these means."""
-    for row, color, marker in zip(block.rows, cycle(COLORS), cycle(MARKERS)):
+    looks = math.lcm(len(COLORS), len(MARKERS))  # from then on the same pairs would come again
+    for i, (row, color) in enumerate(zip(block.rows, cycle(COLORS))):
+        marker = MARKERS[(i + i // looks) % len(MARKERS)]
         points = [p for r in row.records for p in checkpoint_points(block, r)]
         ax.plot(*zip(*points, strict=True), marker, color=color, ms=2.5, alpha=0.25, mec="none")
         ax.plot(*row.point, marker, color=color, ms=8, mec="white", mew=0.8, label=_label(row), ls="none", zorder=3)

@@ -104,6 +104,7 @@ class Split(Verdicts):
     answer_mass: float | None
     kl_to_aligned: float | None
     """Nats per reply."""
+    kl_at_decision: NotRequired[float | None]
     scenarios: int
     by_family: dict[str, Verdicts]
     by_round: list[Verdicts]

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a study: the same command finishes it, with the table of one that nothing disturbed."""
+"""kill -9, three times along a study: the same command finishes it, with the table of one that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -95,6 +95,9 @@ def test_a_study_that_is_killed_finishes_after_the_same_command(tmp_path):
         write_study(folder)
     run_study(whole)
 
+    align = broken / "runs" / "killed" / "align"
+    killed(broken, lambda _: (align / "recipe.yaml").exists(), members=True)
+    assert not (align / "aligned").exists()
     first = killed(broken, lambda complete: len(complete) >= 1, members=True)
     assert 1 <= len(first) < 5
     states = {m["name"]: m["state"] for m in json.loads((broken / "runs/killed/study.json").read_text())["members"]}
