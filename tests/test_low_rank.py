@@ -63,7 +63,7 @@ def test_the_best_approximation_drops_the_smallest_part():
     torch.testing.assert_close(full(same), full(diagonal(3, 1, 2)))
 
 
-def test_the_factors_stay_near_those_that_the_optimizer_knows():
+def test_the_factors_stay_near_those_that_are_given():
     a, b = drawn(0), drawn(1)
     again, error = truncated(a, 2, like=a)
     assert error < 1e-6

@@ -77,6 +77,9 @@ def test_in_between_it_is_the_nearest_product_of_the_rank_to_the_mean_of_both():
         singular = torch.linalg.svdvals(wanted)
         least = float(singular[len(update.down) :].norm())
         assert float((full(update) - wanted).norm()) == pytest.approx(least, abs=1e-5)
+        # their factors stay near the mean of both, where Adam's moments were made
+        for tensor, start, end in zip(update, aligned[name], before[name], strict=True):
+            assert float((tensor - torch.lerp(start, end, 0.7)).norm()) < 0.2 * float((end - start).norm())
         errors.append(least / float(singular.norm()))
     assert defense.metrics["truncation_error_max"] == pytest.approx(max(errors), abs=1e-5)
     assert defense.metrics["truncation_error_mean"] == pytest.approx(sum(errors) / len(errors), abs=1e-5)

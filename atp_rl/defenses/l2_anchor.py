@@ -1,4 +1,4 @@
-"""L2 anchor and EWC: after every update the weights are pulled back towards the aligned ones.
+"""L2 anchor and EWC: after every step the weights are pulled back towards the aligned ones.
 
 Mechanism: a decoupled pull on the adapter's own weights, as AdamW's weight decay is one, but towards the aligned
            weights and not towards zero; EWC pulls each weight by how much the aligned answers depend on it.
@@ -32,7 +32,7 @@ from atp_rl.types import InputError
 class L2Anchor(Defense):
     name = "l2_anchor"
     pull: float = 0.02
-    """Share of the distance to the aligned weights that each update takes back, in (0, 1]."""
+    """Share of the distance to the aligned weights that each step takes back, in (0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from atp_rl.defenses.base import Defense, Setting
 from atp_rl.model.low_rank import (
     Factors,
@@ -37,10 +39,15 @@ Layers = Literal["uniform", "lines", "safemerge"]
 
 
 def merged(now: Factors, aligned: Factors, keep: float) -> tuple[Factors, float]:
-    """aligned + keep (now - aligned) at the rank of `now`, and the relative error of that."""
+    """aligned + keep (now - aligned) at the rank of `now`, and the relative error of that.
+
+    The product of factors that are interpolated one by one is off by keep (1 - keep) dB dA, which is of second order:
+    so near those are the factors that give the product exactly, and Adam's moments still mean something for them.
+    """
     if keep in (0, 1):
         return (now if keep else aligned), 0.0
-    return truncated(combination((1 - keep, aligned), (keep, now)), len(now.down), like=now)
+    between = Factors(*(torch.lerp(a, b, keep) for a, b in zip(aligned, now, strict=True)))
+    return truncated(combination((1 - keep, aligned), (keep, now)), len(now.down), like=between)
 
 
 @dataclass

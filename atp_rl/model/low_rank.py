@@ -78,9 +78,8 @@ def norm(update: Factors) -> float:
 def truncated(update: Factors, rank: int, *, like: Factors) -> tuple[Factors, float]:
     """The best approximation of that rank, and its error as a share of the update's norm (Frobenius).
 
-    Of the many factors of one product those are taken that lie near `like` (the ones that the optimizer's moments were
-    made for): `up` is `like.up` projected on the columns of the product. Where that is ill-conditioned they are
-    balanced, up = U sqrt(S).
+    Of the many factors of one product those are taken that lie near `like`: `up` is `like.up` projected on the columns
+    of the product. Where that is ill-conditioned they are balanced, up = U sqrt(S).
 
     Args:
         like: factors of that rank, whose types are taken over.
