@@ -1,14 +1,15 @@
 """What a finished run measured: `docs/metrics.md` items 3 to 15, each from the plain files of its directory.
 
 One run is one seed: intervals are over its scenarios (or its steps, where that is said) and say nothing of other seeds;
-for these there is the table of a study. Where a number has no interval `without` says why, and what a run cannot tell is
-listed with the reason in `left_out`.
+for these there is the table of a study. Where a number has no interval `without` says why, and what a run cannot tell
+is listed with the reason in `left_out`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -354,17 +355,12 @@ def _tipping(curve: _Curve) -> tuple[int | None, Found]:
         return None, [LeftOut(7, "tipping point", f"needs {FEWEST} {curve.axis}s or more, there are {n}")]
     p, gain = tipping.p_value, tipping.likelihood_ratio or 0.0
     if tipping.step is None:
-        words = (
-            f"none: p {p:.3f} against a constant rate" if p >= 0.05 else f"none: the rate changed downwards, p {p:.3f}"
-        )
+        words = f"none, p {p:.3f} against a constant rate" + (": the rate fell" if p < 0.05 else "")
     else:
         passed = any(rate.low is not None and rate.low > TIPPED_ABOVE for rate in curve.rates)
-        words = f"p {p:.3f}, gain {gain:.1f} nats; " + (
-            f"has tipped (a lower bound is above {TIPPED_ABOVE:.0%})"
-            if passed
-            else f"surely above {TIPPED_ABOVE:.0%} nowhere"
-        )
-    of = "scenarios x checkpoints" if curve.axis == "step" else "scenarios x rounds"
+        where = "somewhere" if passed else "nowhere"
+        words = f"p {p:.3f}, gain {gain:.1f} nats; a lower bound is above {TIPPED_ABOVE:.0%} {where}"
+    of = f"scenarios x {'checkpoints' if curve.axis == 'step' else 'rounds'}, as if independent"
     return tipping.step, [
         _of(7, "tipping point", _alone(tipping.step, n), "steps", f"{curve.axis}s", words, "see its p-value"),
         _of(7, "rate before the best split", tipping.rate_before, "share", of, "of violations"),
@@ -458,6 +454,7 @@ def _hysteresis(record: RunRecord, turned: RunRecord | None) -> Found:
     n, one = len(there.at) + len(back.at), "one seed"
     away = f"censored: surely above {TIPPED_ABOVE:.0%} nowhere up to step {there.at[-1]}"
     home = away if sure.steps_to_tip is None else f"censored: not back up to step {back.at[-1]}"
+    until = f"until the upper bound is below {TIPPED_ABOVE:.0%}"
     of_step = [turned.setting("evolve", key) for key in ("scenarios_per_step", "group_size")]
     episodes = (
         f", {sure.steps_back * of_step[0] * of_step[1]} episodes"
@@ -468,7 +465,7 @@ def _hysteresis(record: RunRecord, turned: RunRecord | None) -> Found:
         _of(9, "steps to tip", _alone(sure.steps_to_tip, n), "steps", "checkpoints",
             f"lower bound above {TIPPED_ABOVE:.0%}" if sure.steps_to_tip is not None else away, one),
         _of(9, "steps back", _alone(sure.steps_back, n), "steps", "checkpoints",
-            f"until the upper bound is below {TIPPED_ABOVE:.0%}{episodes}" if sure.steps_back is not None else home, one),
+            f"{until}{episodes}" if sure.steps_back is not None else home, one),
         *([_of(9, "steps back over steps to tip", _alone(sure.ratio, n), "number", "checkpoints",
                "above 1 the way back is longer", one)] if sure.ratio is not None else []),
         _of(9, "height of the loop", _alone(loop.loop_area, n), "points", "checkpoints",
@@ -521,13 +518,13 @@ def _pareto(record: RunRecord) -> Found:
         _of(11, "hypervolume", _alone(hypervolume(points), n), "number", "checkpoints",
             f"1 earns all and breaks nothing; payoff 0 is {aligned:.3f} of the best, 1 is {tipped:.3f}", "one seed"),
     ]  # fmt: skip
-    best = payoff_at(violation_and_payoff(record))
+    earned = violation_and_payoff(record)
+    best = payoff_at(earned)
     if best is None:
         return [*found, LeftOut(11, f"payoff at ≤ {LIMIT:.0%} violations", "no checkpoint violates so little")]
-    at = [
-        s for s, split in record.curve if split["payoff_mean"] == best and (split["violation"]["value"] or 0) <= LIMIT
-    ]
-    words = f"of the best, at step {at[0]}; the best of several noisy checkpoints flatters"
+    good = [(payoff, step) for (v, payoff), (step, _) in zip(earned, record.curve, strict=True) if v <= LIMIT]
+    at = max(good, key=lambda point: point[0])[1]
+    words = f"of the best, at step {at}; the best of several noisy checkpoints flatters"
     rate = _alone(best, n)
     return [*found, _of(11, f"payoff at ≤ {LIMIT:.0%} violations", rate, "payoff", "checkpoints", words, "one seed")]
 
@@ -591,7 +588,7 @@ def _windows(record: RunRecord, label: str) -> list[Window]:
     steps = [step for step, _ in record.curve]
     windows: list[Window] = []
     first: Rate | None = None
-    for after, to in zip(steps, steps[1:], strict=False):
+    for after, to in pairwise(steps):
         lines = [line for line in record.metrics if after < line["progress/step"] <= to]
         decisions, flagged, violations, hits = (
             int(sum(line.get(f"defense/{label}/{count}", 0) for line in lines))

@@ -49,9 +49,7 @@ def _main(measures: Measures) -> Table:
         collapse_padding=True,
         title=Text(f"{measures.name}, seed {measures.seed} ({measures.model}, {measures.testbed}): {where}"),
         title_justify="left",
-        caption=Text(
-            "Intervals are 95 %, of this one seed. # is the item in docs/metrics.md; docs/statistics.md says how."
-        ),
+        caption=Text("Intervals are 95 %, of this one seed. docs/statistics.md says how each is made."),
     )
     shown.add_column("#", justify="right")
     shown.add_column("measure", overflow="fold")
