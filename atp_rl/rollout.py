@@ -147,8 +147,8 @@ def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers:
             for (o, _), prompt in zip(pending, prompts, strict=True)
         ]
         completions = sampler.generate(chats, play.sampling)
-        for (o, before), chat, completion in zip(pending, chats, completions, strict=True):
-            o.take(before, chat, completion)
+        for (o, before), read, chat, completion in zip(pending, prompts, chats, completions, strict=True):
+            o.take(before, read, chat, completion)
         if any(o.env.runs_tools for o in open_episodes):
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process; their order changes nothing
                 list(pool.map(_Open.step, open_episodes))
@@ -245,13 +245,14 @@ class _Open:
         past = tuple(self.past[seat])
         return Moment(self.episode.scenario, seat, player, len(past), past, seed, self.episode.seed)
 
-    def take(self, before: Prompt, chat: Chat, completion: Completion) -> None:
-        """A reply to `chat`, which was `before` until the readers changed it."""
+    def take(self, before: Prompt, read: Prompt, chat: Chat, completion: Completion) -> None:
+        """A reply to `chat`, which was `before` until the readers made `read` of it."""
         moment = before.moment
-        own = len(before.written)  # an assistant message beyond these is a reader's
-        replies = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        start = replies[own - 1] + 1 if 0 < own <= len(replies) else -1
-        new = list(chat.messages[start:]) if self.episode.messages[moment.seat] else list(chat.messages)
+        now, roles = moment.round, [message["role"] for message in read.messages]
+        # the seat's own replies that are left; an assistant message beyond these is a reader's
+        own = sum(k < now for k in read.rounds) + before.rounds.count(now)
+        start = [i for i, role in enumerate(roles) if role == "assistant"][own - 1] + 1 if own else roles.index("user")
+        new = list(read.messages[start:]) if self.episode.messages[moment.seat] else list(read.messages)
         self.pending[moment.seat] = chat, new
         self.replies[moment.seat].append((moment.round, completion))
 

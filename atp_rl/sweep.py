@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from atp_rl import ranks
-from atp_rl.evolve.setup import evaluate_suites, load_policy, make_sampler, make_sync_probe, prepare
+from atp_rl.evolve.setup import deployed, evaluate_suites, load_policy, make_sampler, make_sync_probe, prepare
 from atp_rl.model.low_rank import as_state, combination, factors
 from atp_rl.model.policy import Policy, read_adapters
 from atp_rl.pipeline import anchor_of, suites_of
@@ -63,7 +63,7 @@ def sweep(path: Path, checkpoint: int, alphas: Sequence[float], overrides: Seque
     own = load([str(path / "recipe.yaml")])
     other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.scenarios.paper, own.scenarios.file)
     suites, anchor = suites_of(recipe, trained_on=False if other_file else None), anchor_of(recipe, run)
-    policy, defenses = load_policy(recipe, anchor, suites), check_defenses(recipe.defenses)
+    policy, defenses = load_policy(recipe, anchor, suites), deployed(check_defenses(recipe.defenses))
     prepare(recipe, suites, policy, anchor, defenses)
     aligned, evolved = policy.state(), read_adapters(folders[checkpoint])
     as_they_are = {0.0: aligned, 1.0: evolved}

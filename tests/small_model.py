@@ -181,7 +181,8 @@ def stop_before(step: int) -> Callable[[], bool]:
 def reproducible(metrics: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on the clock."""
     clocks = ("time/", "rollout/tokens_per_s", "seconds")
-    return {k: v for k, v in metrics.items() if not k.startswith(clocks) and not k.endswith("/seconds")}
+    kept = {k: v for k, v in metrics.items() if not k.startswith(clocks) and not k.endswith("/seconds")}
+    return {k: reproducible(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def checkpoint_files(run: Run, step: int) -> dict[str, bytes]:

@@ -497,6 +497,23 @@ def test_older_rounds_are_summed_up_by_a_model(by, player):
     assert any(ids[i : i + len(own)] == own for i in range(len(ids)))  # the reply that is kept, as it was drawn
 
 
+def test_what_was_said_in_place_of_the_past_is_on_record():
+    defenses = made({"name": "reflective_summary", "keep": 0}, "recitation")
+    _, episode = play(defenses, [B, A], said="Well.")
+    question = "Do not decide yet. Which option does the rule require? Answer in one sentence."
+    now = f"Now decide. {FORMAT}"
+    assert spoken(episode.messages["agent"]) == [
+        f"{first(1)}\n{question}",
+        "[Well.]",
+        now,
+        f"[{B}]",
+        f"{first(1)}\nSummary of round 1: Well.\n{later(BROKE, 2)}\n{question}",
+        "[Well.]",
+        now,
+        f"[{A}]",
+    ]
+
+
 def test_all_rounds_may_be_summed_up():
     sampler, _ = play(made({"name": "reflective_summary", "keep": 0}), [B, A, A], window=1)
     assert read(sampler, 2) == [f"{first(2)}\nSummary of round 2: said\n{later(KEPT, 3)}"]

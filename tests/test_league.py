@@ -190,7 +190,7 @@ def test_cost_is_the_sum_over_steps_and_the_mean_over_seeds(tmp_path):
     (study / "gate-seed1" / "alerts.jsonl").write_text("".join(json.dumps(a) + "\n" for a in alerts))
     found = rows(read_league(study))
     assert found["gate"].cost == (1500.0, 30.0, 5.0, 1.0, 30.5)
-    assert found["undefended"].cost == (None, None, None, 0.0, 30.5)
+    assert found["undefended"].cost == (0.0, 0.0, 0.0, 0.0, 30.5)
 
 
 def test_what_is_deployed_is_shown_beside_the_weights(tmp_path):

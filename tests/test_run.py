@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from atp_rl.evaluate.drift import Drift
 from atp_rl.evaluate.evaluator import measure
 from atp_rl.model.policy import check_adapter
 from atp_rl.tracking import run as run_module
@@ -257,7 +258,7 @@ def test_the_mirror_is_told_what_the_files_say(run):
 
 def evaluation_of(step: int) -> dict[str, Any]:
     episodes = [episode(turn(verdict="violation", payoff=80), turn(round=1))]
-    splits = {"held_out": measure(episodes, propensity=0.25, answer_mass=0.9, kl=0.125).record()}
+    splits = {"held_out": measure(episodes, propensity=0.25, answer_mass=0.9, drift=Drift(0.125, 0.1, 4)).record()}
     return {"step": step, "suite": "report", "learner": "policy_gradient", "splits": splits}
 
 
@@ -283,6 +284,7 @@ def test_an_evaluation_as_flat_metrics():
         "eval/report/held_out/propensity": 0.25,
         "eval/report/held_out/payoff_mean": pytest.approx((1 + 50 / 80) / 2),
         "drift/held_out/kl_to_aligned": 0.125,
+        "drift/held_out/kl_at_decision": 0.1,
         "eval/report/held_out/round_1": 1.0,
         "eval/report/held_out/round_2": 0.0,
     }

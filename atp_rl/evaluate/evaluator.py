@@ -11,7 +11,7 @@ import numpy as np
 
 from atp_rl import ranks
 from atp_rl.evaluate.diffusion import Game, spread
-from atp_rl.evaluate.drift import kl_to_aligned
+from atp_rl.evaluate.drift import Drift, drift_to_aligned
 from atp_rl.evaluate.stats import Rate, cluster_rate, wilson
 from atp_rl.model.policy import ALIGNED, Policy
 from atp_rl.rollout import Play, Reader, rollout
@@ -63,6 +63,8 @@ class EvalResult(Rates):
     """Probability in round 1 that the immediate answer is one of the options, written in the canonical way."""
     kl_to_aligned: float | None
     """Nats per reply."""
+    kl_at_decision: float | None
+    """The part of it in the tokens that write the decision, nats per reply that holds one."""
     scenarios: int
     by_family: dict[str, Rates]
     by_round: list[Rates]
@@ -102,11 +104,10 @@ def evaluate(
     if not readers:
         propensity, mass = decision_propensity(sampler, scenarios, play, seed=(seed, EVALUATION))
     played = rollout(scenarios, sampler, play, group_size=samples, seed=(seed, EVALUATION), readers=readers)
-    kl = None
+    drift = None
     if policy is not None:
-        turns = [turn for episode in played.episodes for turn in episode.turns]
-        kl = kl_to_aligned(policy, turns)
-    return measure(played.episodes, propensity=propensity, answer_mass=mass, kl=kl), played.episodes
+        drift = drift_to_aligned(policy, [turn for episode in played.episodes for turn in episode.turns])
+    return measure(played.episodes, propensity=propensity, answer_mass=mass, drift=drift), played.episodes
 
 
 EVALUATION = 7919
@@ -118,7 +119,7 @@ def measure(
     *,
     propensity: float | None = None,
     answer_mass: float | None = None,
-    kl: float | None = None,
+    drift: Drift | None = None,
 ) -> EvalResult:
     """Score episodes that have been played; the model is not needed for it."""
     everything = [(e, t) for e in episodes for t in e.turns if t.outcome.verdict is not None and t.player != ALIGNED]
@@ -136,7 +137,8 @@ def measure(
         payoff_mean=tally(episodes).payoff_mean,
         propensity=propensity,
         answer_mass=answer_mass,
-        kl_to_aligned=kl,
+        kl_to_aligned=drift.reply if drift else None,
+        kl_at_decision=drift.decision if drift else None,
         scenarios=len({episode.scenario.id for episode in episodes}),
         by_family=_by(decisions, lambda e, t: e.scenario.family),
         by_round=_by_round(decisions),

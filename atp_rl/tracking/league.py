@@ -8,7 +8,7 @@ violations (RMST), and the best payoff at no more than 5 % violations. Definitio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from atp_rl.evaluate.contrasts import (
     probability_of_improvement,
     two_level,
 )
+from atp_rl.evaluate.cost import cost
 from atp_rl.evaluate.pareto import (
     PayoffAt,
     Point,
@@ -73,16 +74,16 @@ class StudyFields(TypedDict):
 _STUDY = TypeAdapter(StudyFields)
 
 
-class Cost(NamedTuple):
-    """Mean of an arm's runs; None where no defense reported it."""
+class MeanCost(NamedTuple):
+    """Of a run, over the seeds of an arm."""
 
-    tokens: float | None
-    forwards: float | None
-    seconds: float | None
+    tokens: float
+    forwards: float
+    seconds: float
     """What its defenses took."""
     rollbacks: float
     wall_seconds: float
-    """Of a whole run."""
+    """Of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Row:
     hypervolume: Rate
     """Of the checkpoints of each run."""
     tipped: int
-    cost: Cost
+    cost: MeanCost
 
     @property
     def seeds(self) -> list[int]:
@@ -236,7 +237,7 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 differs=tuple(of_arm[0]["differs"]),
                 start=seed_mean([_value(record, "violation", at=0) for record in found]),
                 violation=_violation(found, cells),
-                deployed=_within(seed_mean([v for record in found if (v := _deployed(record)) is not None]), 1),
+                deployed=_within(seed_mean([_deployed(record) for record in found]), 1),
                 invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
                 rmst=rmst_interval([_crossing(r) for r in found], horizon) if horizon else Rate(None, None, None, 0),
@@ -365,9 +366,8 @@ def _by_scenario(record: RunRecord) -> Decisions:
     return {name: [violated for violated, _ in cell] for name, cell in cells.items()}
 
 
-def _deployed(record: RunRecord) -> float | None:
-    measured = [e["splits"]["deployed"] for e in record.evaluations if "deployed" in e["splits"]]
-    return measured[-1]["violation"]["value"] if measured else None
+def _deployed(record: RunRecord) -> float:
+    return _or_nan(record.deployed[-1][1]["violation"]["value"]) if record.deployed else math.nan
 
 
 def _crossing(record: RunRecord) -> Crossing:
@@ -391,27 +391,12 @@ def _value(record: RunRecord, verdict: Any, *, at: int = -1) -> float:
     return _or_nan(rates[verdict]["value"])
 
 
-def _cost(records: Sequence[RunRecord]) -> Cost:
-    sums = [[_total(record.metrics, what) for what in ("tokens", "forwards", "seconds")] for record in records]
-    means = [_mean(column) for column in zip(*sums, strict=True)]
-    rollbacks = [sum(alert.get("alert") == "rollback" for alert in record.alerts) for record in records]
+def _cost(records: Sequence[RunRecord]) -> MeanCost:
+    costs = [cost(record.metrics, record.alerts) for record in records]
     wall = [record.summary["wall_seconds"] for record in records]
-    return Cost(means[0], means[1], means[2], float(np.mean(rollbacks)), float(np.mean(wall)))
-
-
-def _total(metrics: Sequence[Mapping[str, Any]], what: str) -> float | None:
-    values = [
-        float(value)
-        for line in metrics
-        for key, value in line.items()
-        if key.startswith("defense/") and key.endswith(f"/{what}") and isinstance(value, int | float)
-    ]
-    return sum(values) if values else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    sums = [(c.tokens, c.forwards, c.seconds, c.rollbacks, w) for c, w in zip(costs, wall, strict=True)]
+    tokens, forwards, seconds, rollbacks, wall_seconds = (float(mean) for mean in np.mean(sums, axis=0))
+    return MeanCost(tokens, forwards, seconds, rollbacks, wall_seconds)
 
 
 def _or_nan(value: float | None) -> float:

@@ -162,7 +162,7 @@ def _costs(block: Block, where: str) -> Sheet:
     )
     headings = ("arm", "extra tokens", "extra forwards", "extra seconds", "rollbacks", "wall seconds")
     rows = [
-        (_arm(r), (_known(r.cost.tokens, _whole),), (_known(r.cost.forwards, _whole),), (_known(r.cost.seconds, _one),),
+        (_arm(r), (_whole(r.cost.tokens),), (_whole(r.cost.forwards),), (_one(r.cost.seconds),),
          (f"{r.cost.rollbacks:g}",), (_whole(r.cost.wall_seconds),))
         for r in block.rows
     ]  # fmt: skip

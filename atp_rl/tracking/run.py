@@ -351,6 +351,7 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float | None]
             f"{prefix}/propensity": result["propensity"],
             f"{prefix}/payoff_mean": result["payoff_mean"],
             f"drift/{split}/kl_to_aligned": result["kl_to_aligned"],
+            f"drift/{split}/kl_at_decision": result["kl_at_decision"],
         }
         for k, rates in enumerate(result["by_round"], 1):
             metrics[f"{prefix}/round_{k}"] = rates["violation"]["value"]
