@@ -242,6 +242,28 @@ def compare(
         _print(shown)
 
 
+@app.command()
+def measure(
+    runs: RunDirs,
+    unaligned: Annotated[
+        Path | None, typer.Option(help="Run of the same evolution from the bare base, for the alignment benefit.")
+    ] = None,
+    turned: Annotated[
+        Path | None, typer.Option(help="Run from this one's end with the incentive turned, for the hysteresis.")
+    ] = None,
+    into: Annotated[Path | None, typer.Option("--json", help="File for all of it as JSON.")] = None,
+) -> None:
+    """Print what each run measured, with intervals: decay, shape, tipping, warnings, drift, gaps, monitors, cost."""
+    from atp_rl.tracking.measures_show import measures_of, tables
+
+    measured = measures_of(runs, unaligned=unaligned, turned=turned)
+    for shown in tables(measured):
+        _print(shown)
+    if into:
+        with _writing(into):
+            into.write_text(json.dumps([m.record() for m in measured], indent=2, allow_nan=False) + "\n", "utf-8")
+
+
 def _league(folder: Path, *, csv: Path | None, latex: Path | None, html: Path | None, figures: Path | None) -> None:
     from atp_rl.tracking import league_show
     from atp_rl.tracking.league import read_league

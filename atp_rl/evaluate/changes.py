@@ -128,15 +128,19 @@ def gap(a: Decisions, b: Decisions) -> Gap:
     if shared:
         left, right = (np.array([_mean(x[name]) for name in shared]) for x in (a, b))
         return Gap(decay(left, right), True)
-    first, second = _rate(a), _rate(b)
+    return Gap(difference(_rate(a), _rate(b), len(a) + len(b)), False)
+
+
+def difference(first: Rate, second: Rate, n: int) -> Rate:
+    """first - second of unpaired rates, its interval made of the two rates' own (MOVER, as in `gap`)."""
     if first.value is None or first.low is None or first.high is None:
-        return Gap(Rate(None, None, None, 0), False)
+        return Rate(None, None, None, 0)
     if second.value is None or second.low is None or second.high is None:
-        return Gap(Rate(None, None, None, 0), False)
-    difference = first.value - second.value
-    low = difference - math.hypot(first.value - first.low, second.high - second.value)
-    high = difference + math.hypot(first.high - first.value, second.value - second.low)
-    return Gap(Rate(difference, low, high, len(a) + len(b)), False)
+        return Rate(None, None, None, 0)
+    value = first.value - second.value
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    return Rate(value, low, high, n)
 
 
 def _mean(decisions: Sequence[float]) -> float:

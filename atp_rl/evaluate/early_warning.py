@@ -126,6 +126,31 @@ def slowing_down(steps: ArrayLike, k: ArrayLike, n: ArrayLike, window: int) -> S
     return Slowing(ends, autocorrelation, variance, noise.mean(axis=1), trend(autocorrelation), trend(variance))
 
 
+def surely_positive(values: ArrayLike, window: int) -> tuple[np.ndarray, float]:
+    """A sign and its limit for `lead_time`: Student's t of the mean of the last `window` values, and what passes.
+
+    The limit is Student's quantile at .05 / (number of windows), one-sided: a run without any push, whose values vary
+    independently about 0, raises an alarm in at most 5 %. So it needs no other run to be chosen on.
+
+    Args:
+        values: of the steps [j], e.g. the covariance of advantage and violation.
+        window: steps in it, at least 3.
+
+    Returns:
+        The sign [j], NaN before the first whole window and where nothing varies; and the limit.
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, dtype=float)
+    if window < 3 or len(x) < window:
+        raise ValueError(f"needs a window of 3 or more and as many values, got {window} and {len(x)}")
+    windows = np.lib.stride_tricks.sliding_window_view(x, window)
+    spread = windows.std(axis=1, ddof=1)
+    varied = spread > 1e-12
+    statistic = np.where(varied, windows.mean(axis=1) / np.where(varied, spread, 1) * np.sqrt(window), np.nan)
+    return np.concatenate([np.full(window - 1, np.nan), statistic]), float(t.isf(0.05 / len(windows), window - 1))
+
+
 def lead_time(steps: Sequence[int], sign: ArrayLike, limit: float, tipping_step: int | None) -> LeadTime:
     """When a sign first passed `limit`, and how long before the tipping point of `stats.tipping_point`.
 

@@ -216,13 +216,13 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
         if (found := sorted((runs[m["name"]] for m in members if m["arm"] == arm and m["name"] in runs), key=_seed))
     }
     records = [record for found in arms.values() for record in found]
-    aligned, tipped = _payoff_scale(records)
+    aligned, tipped = payoff_scale(records)
     cells = {record.path: _by_scenario(record) for record in records}
     horizon = min(record.summary["time_to"][THRESHOLD]["censored_at"] for record in records)
     wanted = next((reference for reference, _ in study["primary"]), next(iter(arms)))
     reference = wanted if wanted in arms else next(iter(arms))
     points = {
-        arm: _mean_point([_points(record, aligned, tipped)[-1] for record in found]) for arm, found in arms.items()
+        arm: _mean_point([points_of(record, aligned, tipped)[-1] for record in found]) for arm, found in arms.items()
     }
     best = [list(points)[i] for i in front(list(points.values()))]
     rows = []
@@ -241,14 +241,14 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
                 invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
                 rmst=rmst_interval([_crossing(r) for r in found], horizon) if horizon else Rate(None, None, None, 0),
-                payoff_at_5=payoff_at_interval([_violation_and_payoff(record) for record in found]),
+                payoff_at_5=payoff_at_interval([violation_and_payoff(record) for record in found]),
                 iqm=iqm_interval([ends]),
                 improvement=probability_of_improvement(
                     [-end for end in ends], [-_value(record, "violation") for record in arms[reference]]
                 ),
                 point=points[arm],
                 on_front=arm in best,
-                hypervolume=_within(seed_mean([hypervolume(_points(r, aligned, tipped)) for r in found]), math.inf),
+                hypervolume=_within(seed_mean([hypervolume(points_of(r, aligned, tipped)) for r in found]), math.inf),
                 tipped=sum(record.summary["tipped"] for record in found),
                 cost=_cost(found),
             )
@@ -276,7 +276,7 @@ def _contrasts(
 
     by_seed = [
         over_seeds(lambda record: _restricted(_crossing(record), horizon)),
-        over_seeds(lambda record: _or_nan(payoff_at(_violation_and_payoff(record)))),
+        over_seeds(lambda record: _or_nan(payoff_at(violation_and_payoff(record)))),
         over_seeds(lambda record: _value(record, "violation")),
     ]
     cells = [(decisions[a.path], decisions[b.path]) for a, b in pairs]
@@ -310,23 +310,23 @@ def _adjusted(blocks: Sequence[Block]) -> list[Block]:
     ]
 
 
-def _payoff_scale(records: Sequence[RunRecord]) -> tuple[float, float]:
+def payoff_scale(records: Sequence[RunRecord]) -> tuple[float, float]:
     """What the aligned policy earns, and a tipped one: the checkpoint that violates most, if it mostly does."""
     aligned = float(np.mean([record.curve[0][1]["payoff_mean"] for record in records]))
-    every = [point for record in records for point in _violation_and_payoff(record)]
+    every = [point for record in records for point in violation_and_payoff(record)]
     violation, payoff = max((point for point in every if not math.isnan(point[0])), default=(0.0, 1.0))
     return aligned, payoff if violation >= MOSTLY_VIOLATING else 1.0
 
 
 def checkpoint_points(block: Block, record: RunRecord) -> list[Point]:
     """(normalised payoff, compliance) of each checkpoint of a run of this block."""
-    return _points(record, block.aligned_payoff, block.tipped_payoff)
+    return points_of(record, block.aligned_payoff, block.tipped_payoff)
 
 
-def _points(record: RunRecord, aligned: float, tipped: float) -> list[Point]:
+def points_of(record: RunRecord, aligned: float, tipped: float) -> list[Point]:
     return [
         (_or_nan(normalised_payoff(payoff, aligned, tipped)), 1 - violation)
-        for violation, payoff in _violation_and_payoff(record)
+        for violation, payoff in violation_and_payoff(record)
     ]
 
 
@@ -335,7 +335,7 @@ def _mean_point(points: Sequence[Point]) -> Point:
     return float(x), float(y)
 
 
-def _violation_and_payoff(record: RunRecord) -> list[Point]:
+def violation_and_payoff(record: RunRecord) -> list[Point]:
     return [(_or_nan(split["violation"]["value"]), split["payoff_mean"]) for _, split in record.curve]
 
 
@@ -362,15 +362,8 @@ def _by_scenario(record: RunRecord) -> Decisions:
 
     The decisions are those that the checkpoint's rate counts, or it is empty.
     """
-    step, split = record.curve[-1]
-    if step not in record.episode_steps():
-        return {}
-    cells: Decisions = {}
-    for episode in record.episodes(step):
-        for turn in episode["turns"]:
-            if turn["verdict"] is not None and turn.get("ruled", True) and turn.get("player") != "aligned":
-                cells.setdefault(episode["scenario"].id, []).append(float(turn["verdict"] == "violation"))
-    return cells if sum(map(len, cells.values())) == split["violation"]["n"] else {}
+    cells = record.decisions(record.curve[-1][0], record.split)
+    return {name: [violated for violated, _ in cell] for name, cell in cells.items()}
 
 
 def _deployed(record: RunRecord) -> float:

@@ -165,6 +165,9 @@ class Summary(TypedDict):
     tipping_step: int | None
     time_to: TimeTo
     """By violation rate."""
+    auvc: NotRequired[float]
+    """Area under the violation curve, in [0, 1]; missing without steps, and in runs of older versions."""
+    decay_kind: NotRequired[Literal["none", "erosion", "tipping"]]
     steps: int
     wall_seconds: float
     complete: bool
@@ -272,13 +275,34 @@ class RunRecord:
 
     def episodes(self, step: int) -> list[EpisodeFields]:
         """The stored episodes of this step in their order: those that `split` was measured on where there are any."""
-        path = self._episode_files()[step]
+        return self._read_episodes(self._episode_files()[step])
+
+    def _read_episodes(self, path: Path) -> list[EpisodeFields]:
         try:
             text = gzip.decompress(path.read_bytes()).decode("utf-8")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read as gzipped JSON lines ({error})") from None
         places = ((f"{path}, line {i}", line) for i, line in enumerate(_lines(text), 1))
         return [_check(_EPISODE, _parse(line, where), where) for where, line in places]
+
+    def decisions(self, step: int, split: SplitName) -> dict[str, list[tuple[float, TurnFields]]]:
+        """By scenario, of each decision that the rate of this split counts, 1 for a violation and 0 for any other.
+
+        Empty where the episodes were not stored, or are not those that the rate was measured on.
+        """
+        path = self.path / "episodes" / f"step_{step:04d}_{split}.jsonl.gz"
+        if split == self.split and not path.exists():
+            path = self._episode_files().get(step, path)
+        measured = {e["step"]: e["splits"][split] for e in self._reports() if split in e["splits"]}
+        if step not in measured or not path.exists():
+            return {}
+        cells: dict[str, list[tuple[float, TurnFields]]] = {}
+        for episode in self._read_episodes(path):
+            for turn in episode["turns"]:
+                if turn["verdict"] is not None and turn.get("ruled", True) and turn.get("player") != "aligned":
+                    cell = cells.setdefault(episode["scenario"].id, [])
+                    cell.append((float(turn["verdict"] == "violation"), turn))
+        return cells if sum(map(len, cells.values())) == measured[step]["violation"]["n"] else {}
 
     def _episode_files(self) -> dict[int, Path]:
         """By step, of `step_0010_held_out.jsonl.gz`, `step_0010.jsonl.gz` and `step_0010_train.jsonl.gz` the best."""
