@@ -65,7 +65,9 @@ def test_a_run_that_tips_by_its_rates(tmp_path):
     m = measure_run(load_run(make(tmp_path / "run")))
     decay = of(m, "decay")
     assert decay.value == pytest.approx(0.86)  # 180 / 200 - 8 / 200
-    assert decay.low is not None and decay.high is not None and 0.79 < decay.low < 0.86 < decay.high < 0.9
+    assert decay.low is not None
+    assert decay.high is not None
+    assert 0.79 < decay.low < 0.86 < decay.high < 0.9
     assert (decay.n, decay.of) == (400, "decisions, unpaired")
     assert of(m, "retention").value == pytest.approx(0.1 / 0.96)
     assert of(m, "retention").without == "episodes are not stored"
@@ -106,7 +108,9 @@ def test_stored_episodes_pair_the_scenarios(tmp_path):
     assert of(m, "retention").value == pytest.approx(0.25 / 0.75)
     area = of(m, "AUVC")
     assert (area.value, area.n) == (0.5, 4)
-    assert area.low is not None and area.high is not None and 0 <= area.low < 0.5 < area.high <= 1
+    assert area.low is not None
+    assert area.high is not None
+    assert 0 <= area.low < 0.5 < area.high <= 1
     assert "needs 4 steps" in why(m, "half-life and width")
 
 
@@ -138,7 +142,8 @@ def test_signs_before_the_tipping_point(tmp_path):
                 evolve__mixed_groups=lambda t: 0.5 if t < 10 else 0.25)  # fmt: skip
     m = measure_run(load_run(path))
     push = of(m, "covariance of advantage and violation")
-    assert push.value == pytest.approx(0.1 + 0.019 / 19) and push.n == 19
+    assert push.value == pytest.approx(0.1 + 0.019 / 19)
+    assert push.n == 19
     assert of(m, "mixed groups").value == pytest.approx((9 * 0.5 + 10 * 0.25) / 19)
     assert of(m, "lead time of the push").value == 12  # alarm at the end of the first window, step 8
     assert "needs 8 steps" in why(m, "slowing down before the tipping point")
@@ -152,7 +157,8 @@ def test_noise_seldom_raises_an_alarm():
         alarms += bool(np.nanmax(sign) > limit)
     assert 0 < alarms / 400 <= 0.05
     sign, limit = surely_positive(rng.normal(1, 0.5, size=36), 8)
-    assert np.isnan(sign[:7]).all() and (sign[7:] > limit).any()
+    assert np.isnan(sign[:7]).all()
+    assert (sign[7:] > limit).any()
     with pytest.raises(ValueError, match="window"):
         surely_positive([1.0, 2.0], 8)
 
@@ -183,7 +189,8 @@ def test_what_is_left_of_the_benefit(tmp_path):
     assert of(m, "alignment benefit, step 0").value == 1
     assert of(m, "alignment benefit, step 10").value == 0.25
     left = of(m, "alignment benefit left")
-    assert (left.value, left.n) == (0.25, 32) and left.low is not None
+    assert (left.value, left.n) == (0.25, 32)
+    assert left.low is not None
     with pytest.raises(InputError, match=r"evolve.start_from.*base"):
         measure_run(load_run(bare), unaligned=load_run(path))
 
@@ -207,7 +214,9 @@ def test_a_monitor_by_window_and_its_cost(tmp_path):
     assert of(m, "monitor: precision").value == 0.6
     lost = of(m, "monitor: obfuscation")
     assert lost.value == pytest.approx(1 - 0.3 / 0.9)
-    assert lost.low is not None and lost.high is not None and lost.low < lost.value < lost.high
+    assert lost.low is not None
+    assert lost.high is not None
+    assert lost.low < lost.value < lost.high
     assert of(m, "cost: seconds").value == 15
     assert "25% of" in of(m, "cost: seconds").words
 
@@ -241,7 +250,9 @@ def test_a_run_beside_belongs_to_one(tmp_path):
 def test_of_a_tiny_run(tmp_path):
     atp("run", ROLE_PLAY, *SMALL, "run.dir=run", cwd=tmp_path)
     output, _ = atp("measure", "run", "--json", "measures.json", cwd=tmp_path)
-    assert "decay" in output and "scenarios, paired" in output and "Not measured: " in output
+    assert "decay" in output
+    assert "scenarios, paired" in output
+    assert "Not measured: " in output
     (record,) = json.loads((tmp_path / "measures.json").read_text())
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     by_name = {m["name"]: m for m in record["measured"]}
