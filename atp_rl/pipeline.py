@@ -58,7 +58,7 @@ def check(recipe: Recipe) -> Suites:
         raise InputError("nothing to run: no `align` and no `evolve`; is this an overlay? lay it over another recipe")
     suites = suites_of(recipe)
     _check_testbed(recipe, suites)
-    defenses = check_defenses(recipe.defenses)
+    defenses = check_defenses(recipe.defenses, recipe.evolve)
     seats = _check_environments(recipe, defended(suites, defenses))
     if recipe.sampler.engine != "api":
         _check_tiny(recipe, suites)
@@ -462,7 +462,8 @@ def evaluate_run(path: Path, checkpoint: str, overrides: Sequence[str]) -> list[
                 f"`{changed}`: the population has an adapter for each of {len(trained)} seats, and the scenarios would "
                 f"have {_counts(played)} that learn; leave the seats (n, fixed) as they were"
             )
-    policy, defenses = load_policy(recipe, anchor_of(recipe, run), suites), check_defenses(recipe.defenses)
+    defenses = check_defenses(recipe.defenses, recipe.evolve)
+    policy = load_policy(recipe, anchor_of(recipe, run), suites)
     prepare(recipe, suites, policy, anchor_of(recipe, run), defenses)
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     chosen = {step: folder for step, folder in folders.items() if checkpoint in ("all", step)}

@@ -651,9 +651,13 @@ def trl_key(method: str) -> str:
     return "reward_model.trl" if method == "reward" else "align.trl"
 
 
-def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
-    """The defenses that these specs build, or InputError for unknown names and bad options. Imports torch: slow."""
-    from atp_rl.defenses import DEFENSES
+def check_defenses(specs: Sequence[DefenseSpec], evolve: Evolve | None = None) -> list[Any]:
+    """The defenses that these specs build, for this evolution. Imports torch: slow.
+
+    Raises:
+        InputError: unknown names, bad options, defenses that do not fit each other or the evolution.
+    """
+    from atp_rl.defenses import DEFENSES, Plan
 
     built, problems = [], []
     for i, spec in enumerate(specs):
@@ -671,6 +675,14 @@ def check_defenses(specs: Sequence[DefenseSpec]) -> list[Any]:
         raise InputError("\n".join(problems))
     for defense in built:
         defense.beside(built)
+        if evolve:
+            defense.suits(
+                Plan(
+                    population=evolve.learner in POPULATIONS,
+                    imitates=evolve.learner == "imitation",
+                    from_base=evolve.start_from == "base",
+                )
+            )
     return built
 
 

@@ -133,8 +133,8 @@ def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers:
     ]:
         prompts = [prompt for _, prompt in pending]
         tools = [o.env.tools for o, _ in pending]
-        for reader in readers:
-            prompts = _read(reader, prompts, sampler, play.sampling, tools)
+        for i, reader in enumerate(readers):
+            prompts = _read(reader, i, prompts, sampler, play.sampling, tools)
         chats = [
             Chat(
                 prompt.messages,
@@ -158,16 +158,24 @@ def _play(open_episodes: Sequence[_Open], sampler: Sampler, play: Play, readers:
 
 
 def _read(
-    reader: Reader, prompts: list[Prompt], sampler: Sampler, sampling: SamplingParams, tools: Sequence[Tools]
+    reader: Reader,
+    place: int,
+    prompts: list[Prompt],
+    sampler: Sampler,
+    sampling: SamplingParams,
+    tools: Sequence[Tools],
 ) -> list[Prompt]:
-    """The prompts as `reader` changes them; its cost grows by what it asked and by what is read more."""
+    """The prompts as `reader` changes them; its cost grows by what it asked and by what is read more.
+
+    What it is answered is drawn from the moment and from its `place` among the readers, so no two share a draw.
+    """
     begun, asked = time.perf_counter(), 0
 
     def ask(questions: Sequence[Prompt], players: Sequence[str], most: int) -> list[Completion]:
         nonlocal asked
         asked += 1
         chats = [
-            Chat(q.messages, _encode(q, sampler, ()), (), (*q.moment.seed, "asked", asked), player)
+            Chat(q.messages, _encode(q, sampler, ()), (), (*q.moment.seed, "asked", place, asked), player)
             for q, player in zip(questions, players, strict=True)
         ]
         answers = sampler.generate(chats, replace(sampling, max_new_tokens=most))

@@ -56,6 +56,17 @@ def shares(groups: Sequence[Group], verdicts: Collection[Verdict]) -> Tensor:
     return torch.tensor([[share(sample) for sample in samples_of(group)] for group in groups])
 
 
+def columns_of_adapters(groups: Sequence[Group]) -> list[list[int]]:
+    """The columns of rewards and advantages by the adapter that learns from them: one set, in a population one a seat.
+
+    In a row, those of one adapter are the samples that share a baseline.
+    """
+    columns: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples_of(groups[0])):
+        columns.setdefault(sample.turns[0].player, []).append(i)
+    return list(columns.values())
+
+
 def training_rows(turns: Sequence[Turn]) -> list[Row]:
     """The rows of one seat's turns: one where every round only appended, more where the history window cut it."""
     rows: list[Row] = []

@@ -63,7 +63,7 @@ def sweep(path: Path, checkpoint: int, alphas: Sequence[float], overrides: Seque
     own = load([str(path / "recipe.yaml")])
     other_file = (recipe.scenarios.paper, recipe.scenarios.file) != (own.scenarios.paper, own.scenarios.file)
     suites, anchor = suites_of(recipe, trained_on=False if other_file else None), anchor_of(recipe, run)
-    policy, defenses = load_policy(recipe, anchor, suites), deployed(check_defenses(recipe.defenses))
+    policy, defenses = load_policy(recipe, anchor, suites), deployed(check_defenses(recipe.defenses, recipe.evolve))
     prepare(recipe, suites, policy, anchor, defenses)
     aligned, evolved = policy.state(), read_adapters(folders[checkpoint])
     as_they_are = {0.0: aligned, 1.0: evolved}

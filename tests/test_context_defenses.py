@@ -443,6 +443,16 @@ def test_what_a_monitor_sees_is_drawn_once_for_every_round():
     assert whole != seen_violations(moment("v" * 400), 0.3, "n")
 
 
+def test_where_the_rule_demanded_nothing_there_is_no_violation_to_see():
+    now = moment("vvv")
+    now = replace(now, past=(now.past[0], replace(now.past[1], ruled=False), now.past[2]))
+    assert seen_violations(now, 1.0, "m") == {0, 2}
+    filtered, reset = made("memory_filter", "context_reset")
+    assert filtered.on_history([0, 1, 2], now) == [1]
+    last = replace(now, past=(now.past[0], *[now.past[1]] * 2))
+    assert reset.on_history([0, 1, 2], last) == [1, 2]
+
+
 def test_a_reset_forgets_the_violation_and_all_before_it():
     sampler, _ = play(made("context_reset"), [A, B, A, A])
     assert [read(sampler, k)[0] for k in range(4)] == [first(1), first(1), first(3), first(3)]
@@ -495,6 +505,13 @@ def test_older_rounds_are_summed_up_by_a_model(by, player):
     own = tuple(t for letter in B for t in chat.encode_text(letter))
     ids = episode.turns[3].prompt_ids
     assert any(ids[i : i + len(own)] == own for i in range(len(ids)))  # the reply that is kept, as it was drawn
+
+
+def test_what_two_defenses_are_answered_is_drawn_apart():
+    sampler, _ = play(made({"name": "reflective_summary", "keep": 0}, "recitation"), [A, A])
+    asked = [chats[0].seed for chats, _ in sampler.calls if not chats[0].options]
+    assert len(asked) == 3  # recited in both rounds, summed up in the second
+    assert len(set(asked)) == 3
 
 
 def test_what_was_said_in_place_of_the_past_is_on_record():
@@ -750,6 +767,9 @@ def test_dissenters_and_hidden_peers_in_a_run(learner, tmp_path):
             ["defenses=[{name: dissenters, seats: 3}]", *GAME, "evolve.learner=population"],
             "same seats, and more than one; here are 1",
         ),
+        (["defenses=[moving_anchor]", *GAME, "evolve.learner=population"], "moving_anchor: works for one adapter"),
+        (["defenses=[safe_lora]", "evolve.start_from=base"], "safe_lora: projects on the aligned update"),
+        (["defenses=[covariance]", *GAME, "evolve.learner=imitation"], "covariance: acts on advantages"),
     ],
 )
 def test_what_cannot_be_played_is_refused_before_the_run(overrides, message, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from atp_rl.defenses import Defense, KLAnchor, LossBatch
+from atp_rl.defenses import Defense, KLAnchor, LossBatch, Plan
 from atp_rl.defenses.early_stop import EarlyStop
 from atp_rl.defenses.log_ratios import log_ratios
 from atp_rl.defenses.moving_anchor import MovingAnchor
@@ -20,10 +20,7 @@ from atp_rl.samples import samples_of
 from atp_rl.types import InputError
 from tests.small_model import (
     SCENARIO,
-    aligned,
-    base,
     episode,
-    lora,
     make_policy,
     nudge,
     run_of,
@@ -116,6 +113,21 @@ def test_in_the_reward_a_sample_pays_for_the_log_ratio_of_all_that_it_drew():
     assert ruled.metrics["kl"] == pytest.approx(kl[1], abs=1e-5)
 
 
+def test_in_a_step_without_rule_groups_nobody_pays_and_beta_stays():
+    policy = nudged()
+    anchor = ready(KLAnchor(beta=0.5, estimator="reward", streams="rule", target_kl=0.1), policy)
+    rewards = torch.tensor([[1.0], [0.25]])
+    assert anchor.on_rewards([GROUPS[0], GROUPS[0]], rewards).flatten().tolist() == [1.0, 0.25]
+    anchor.after_update(policy)
+    assert anchor.metrics == {"beta": 0.5}
+    assert anchor.weight == 0.5
+    # and where all groups are of the rule stream all of them pay
+    anchor.begin(2)
+    changed = anchor.on_rewards([GROUPS[1], GROUPS[1]], rewards)
+    assert torch.equal(changed - rewards, (changed - rewards)[:1].expand(2, 1))
+    assert changed[0, 0] != 1.0
+
+
 def test_at_the_aligned_adapter_no_sample_pays():
     anchor = ready(KLAnchor(beta=5.0, estimator="reward"), make_policy())
     assert anchor.on_rewards(GROUPS, torch.ones(2, 1)).flatten().tolist() == [1, 1]
@@ -129,7 +141,7 @@ def loss_batch() -> LossBatch:
     policy, aligned = torch.tensor([[0.4], [0.2]]).log(), torch.tensor([[0.8], [0.8]]).log()
     some = torch.zeros(2, 1)
     weights, mask = torch.tensor([[0.5], [0.5]]), torch.ones(2, 1, dtype=torch.bool)
-    return LossBatch(policy, policy, lambda: aligned, mask, weights, some.long(), some, some, torch.tensor([0, 1]))
+    return LossBatch(policy, policy, lambda *_: aligned, mask, weights, some.long(), some, some, torch.tensor([0, 1]))
 
 
 def test_of_the_rule_stream_alone_others_are_not_held():
@@ -143,6 +155,16 @@ def test_of_the_rule_stream_alone_others_are_not_held():
     assert loss[1] is not None
     assert loss[0].item() == pytest.approx(2 * 0.5 * sum(k3))
     assert loss[1].item() == pytest.approx(2 * 0.5 * k3[1])
+
+
+def test_in_the_loss_too_a_step_without_rule_groups_is_not_measured():
+    anchor = KLAnchor(beta=2.0, streams="rule", target_kl=0.1)
+    anchor.begin(1)
+    anchor.on_rewards([GROUPS[0], GROUPS[0]], torch.zeros(2, 1))
+    assert anchor.extra_loss(loss_batch()) is None
+    anchor.after_update(make_policy())
+    assert anchor.metrics == {"beta": 2.0}
+    assert anchor.weight == 2.0
 
 
 def test_beta_is_adjusted_to_the_target():
@@ -168,13 +190,29 @@ def test_a_rollback_makes_the_anchor_heavier():
 
 
 def test_the_kl_is_the_mean_of_a_steps_updates():
-    anchor, policy = KLAnchor(), make_policy()
-    anchor.begin(1)
-    for kl in (0.1, 0.3):
-        anchor.metrics["kl"] = anchor.metrics.get("kl", 0.0) + kl
-        anchor.on_gradients(policy)
-    anchor.after_update(policy)
-    assert anchor.metrics["kl"] == pytest.approx(0.2)
+    k3 = [2 - math.log(2) - 1, 4 - math.log(4) - 1]
+    anchor, moving = KLAnchor(), MovingAnchor()
+    first = loss_batch()._replace(updates=2)
+    second = first._replace(logprobs=torch.tensor([[0.8], [0.4]]).log())  # log anchor - log policy: 0 and log 2
+    for defense in (anchor, moving):
+        defense.begin(1)
+        for batch in (first, second):
+            defense.extra_loss(batch)
+        assert defense.metrics["kl"] == pytest.approx((0.5 * sum(k3) + 0.5 * k3[0]) / 2)
+
+
+def test_the_learner_says_how_many_updates_a_step_has():
+    told = []
+
+    class Listens(Defense):
+        def extra_loss(self, batch: LossBatch) -> None:
+            told.append(batch.updates)
+
+    group, policy = [episode(turn((5, 6, 7), (20, 2))), episode(turn((5, 6, 7), (30, 2)), sample=1)], make_policy()
+    learns = learner(policy)
+    learns.updates_per_step = 3
+    learns.update(policy, [group], torch.tensor([[1.0, 0.0]]), [Listens()])
+    assert told == [3, 3, 3]
 
 
 # --- moving_anchor
@@ -223,9 +261,10 @@ def test_a_moving_anchor_resists_less_than_one_that_stays():
 
 
 def test_a_population_has_no_single_anchor_to_move():
-    policy = Policy.load(base(), lora=lora(), seed=0, aligned=aligned(), seats=("north", "south"))
-    with pytest.raises(InputError, match="works for one adapter"):
-        MovingAnchor().prepare(setting(policy, count=0))
+    message = r"moving_anchor: works for one adapter.*set evolve\.learner=policy_gradient"
+    with pytest.raises(InputError, match=message):
+        MovingAnchor().suits(Plan(population=True, imitates=False, from_base=False))
+    MovingAnchor().suits(Plan(population=False, imitates=False, from_base=True))
 
 
 # --- early_stop
@@ -261,6 +300,48 @@ def test_past_its_budget_nothing_is_learned_any_more():
     assert successor.stopped
 
 
+def test_past_its_budget_no_other_defense_moves_the_weights():
+    group = [episode(turn((5, 6, 7), (20, 2))), episode(turn((5, 6, 7), (30, 2)), sample=1)]
+    policy = nudged()
+    given = setting(policy, count=4)
+    nudge(policy, 0.1, seed=5)  # and so away from what the others pull to
+    specs = [
+        {"name": "lisa", "align_steps": 1, "rho": 5.0},
+        {"name": "merge_back", "every": 1},
+        {"name": "replay"},
+        {"name": "l2_anchor"},
+    ]
+    stop = EarlyStop(budget=0.01)
+    others = check_defenses([DefenseSpec.model_validate(spec) for spec in specs])
+    learns, before = learner(policy), policy.state()
+
+    def step(number: int, defenses: list[Defense]) -> None:
+        for defense in defenses:
+            defense.begin(number)
+        for defense in defenses:
+            defense.on_rewards([group], torch.zeros(1, 2))
+        learns.update(policy, [group], torch.tensor([[1.0, 0.0]]), defenses)
+        for defense in defenses:
+            defense.after_update(policy)
+
+    for defense in (*others, stop):
+        defense.prepare(given)
+    for number in (1, 2, 3):  # LISA aligns in the first one
+        step(number, [*others, stop])
+        assert stop.stopped
+        assert same(policy.state(), before)
+    step(4, others)
+    assert not same(policy.state(), before)
+
+
+@pytest.mark.parametrize("other", ["kl_anchor", "gate", "interleave"])
+def test_early_stop_comes_last(other):
+    specs = [DefenseSpec(name=name) for name in ("early_stop", other)]
+    with pytest.raises(InputError, match="early_stop: must be the last of `defenses`"):
+        check_defenses(specs)
+    assert len(check_defenses(specs[::-1])) == 2
+
+
 def test_in_a_run_the_kl_starts_at_none_and_is_paid_for(tmp_path):
     run = run_of(small_recipe(tmp_path / "run", "defenses=[{name: early_stop, budget: 1000}]", "seed=1", steps=4))
     metrics = run.lines("metrics.jsonl")
@@ -291,3 +372,11 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str):
 def test_beside_interleave_the_rule_stream_can_be_held():
     specs = [{"name": "kl_anchor", "streams": "rule"}, {"name": "interleave"}]
     assert len(check_defenses([DefenseSpec.model_validate(spec) for spec in specs])) == 2
+
+
+def test_a_penalty_in_the_reward_of_the_rule_stream_stands_behind_what_sets_that_reward():
+    specs = [{"name": "kl_anchor", "streams": "rule", "estimator": "reward"}, {"name": "interleave"}]
+    specs = [DefenseSpec.model_validate(spec) for spec in specs]
+    with pytest.raises(InputError, match="must stand behind interleave in the list"):
+        check_defenses(specs)
+    assert len(check_defenses(specs[::-1])) == 2

@@ -22,7 +22,7 @@ from atp_rl.defenses.monitor import Monitor
 from atp_rl.defenses.random_routing import RandomRouting
 from atp_rl.evolve.learners import PolicyGradient
 from atp_rl.evolve.losses import group_advantages
-from atp_rl.recipe import DefenseSpec, check_defenses
+from atp_rl.recipe import DefenseSpec, Evolve, check_defenses
 from atp_rl.scenarios import load
 from atp_rl.scenarios.choices import format_choice
 from atp_rl.scenarios.suites import FIRST_INDEX
@@ -229,6 +229,28 @@ def test_what_is_left_pushes_no_violation_up_or_down():
     assert left == pytest.approx((1 - r) / (1 - r * p), abs=0.1)
 
 
+def of_seats(*episodes: tuple[Verdict, ...], number: int = 0) -> Group:
+    """A group of a population: each episode has a decision of every seat, with the seat's own adapter."""
+    group = []
+    for i, verdicts in enumerate(episodes):
+        seats = [f"seat_{k}" for k in range(len(verdicts))]
+        turns = [replace(turn(verdict=v), seat=s, player=s) for v, s in zip(verdicts, seats, strict=True)]
+        scenario = replace(SCENARIO, id=f"collusion/bids/{number}")
+        group.append(replace(episode(*turns, scenario=scenario, sample=i), messages={seat: [] for seat in seats}))
+    return group
+
+
+def test_in_a_population_each_adapter_has_a_regression_of_its_own():
+    # both seats violate in the first episode alone, which pays seat_0 (1, -1) and costs seat_1 (-.5, .5)
+    groups = [of_seats((V, V), (C, C))]
+    changed = Covariance().on_advantages(groups, torch.tensor([[1.0, -0.5, -1.0, 0.5]]))
+    assert changed[0].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    # where one adapter plays both seats the push of one hides that of the other: cov = .125, var = .25
+    shared = [[replace(e, turns=[replace(t, player="policy") for t in e.turns]) for e in group] for group in groups]
+    changed = Covariance().on_advantages(shared, torch.tensor([[1.0, -0.5, -1.0, 0.5]]))
+    assert changed[0].tolist() == pytest.approx([0.75, -0.75, -0.75, 0.75])
+
+
 def test_the_learner_says_which_way_a_step_pushes():
     def step(*defenses: Defense) -> float:
         policy = make_policy()
@@ -270,6 +292,39 @@ def test_groups_with_one_violator_are_dropped():
     changed = defense.on_advantages(groups, torch.ones(3, 3))
     assert changed.tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
     assert defense.metrics == {"dropped_groups": pytest.approx(1 / 3)}
+
+
+def test_in_a_population_each_seats_samples_are_a_group():
+    # seat_0 violates once and seat_1 twice; then seat_0 never and seat_1 once
+    groups = [of_seats((V, V), (C, V), (C, C)), of_seats((C, C), (C, V), (C, C), number=1)]
+    defense = DropLoneViolators()
+    changed = defense.on_advantages(groups, torch.ones(2, 6))
+    assert changed.tolist() == [[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]]
+    assert defense.metrics == {"dropped_groups": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"name": "covariance"}, True),
+        ({"name": "drop_lone_violators"}, True),
+        ({"name": "lisa"}, True),
+        ({"name": "monitor", "mode": "screening"}, True),
+        ({"name": "random_routing", "mode": "screening"}, True),
+        ({"name": "monitor"}, False),
+        ({"name": "lagrangian"}, False),
+    ],
+)
+def test_what_imitation_would_pass_by_is_refused_beside_it(options, refused):
+    specs = [DefenseSpec.model_validate(options)]
+    assert len(check_defenses(specs, Evolve(learner="population", steps=1))) == 1
+    imitation = Evolve(learner="imitation", steps=1)
+    if refused:
+        name = options["name"]
+        with pytest.raises(InputError, match=rf"{name}: acts on advantages.*set evolve\.learner=population"):
+            check_defenses(specs, imitation)
+    else:
+        assert len(check_defenses(specs, imitation)) == 1
 
 
 # --- interleave

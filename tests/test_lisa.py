@@ -86,6 +86,19 @@ def test_the_switch_goes_through_a_resume():
     assert same(successor.switch, was)
 
 
+def test_after_a_rollback_the_weights_are_drawn_to_what_was_restored():
+    policy, lisa = prepared()
+    restored = policy.state()
+    nudge(policy, 0.05, seed=2)
+    lisa.begin(3)  # the switch is of weights that the rollback takes back
+    assert not same(lisa.switch, restored)
+    policy.restore(restored)
+    lisa.on_rollback()
+    assert same(lisa.switch, restored)
+    lisa.on_gradients(policy)
+    assert lisa.metrics["away"] == 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

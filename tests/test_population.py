@@ -14,6 +14,7 @@ from atp_rl.evolve.learners import PolicyGradient
 from atp_rl.evolve.topology import neighbours
 from atp_rl.model.policy import Policy, read_adapters
 from atp_rl.model.sampler import HFSampler
+from atp_rl.recipe import DefenseSpec, check_defenses
 from atp_rl.rollout import Play, rollout
 from atp_rl.samples import samples_of
 from atp_rl.scenarios import load
@@ -180,6 +181,42 @@ def test_a_seat_copies_the_best_paid_decisions_that_it_can_see():
 def test_where_all_were_paid_the_same_nothing_is_copied():
     models = {seat: [s for s in SEATS if s != seat] for seat in SEATS}
     assert Imitation(models, 1.0).copies([[played(0.4, 0.4, 0.4)]]) == []
+
+
+def test_a_seat_that_the_aligned_adapter_plays_copies_nobody_and_may_be_copied():
+    models = {seat: [s for s in SEATS if s != seat] for seat in SEATS}
+    group = [played(0.1, 0.2, 0.5), played(0.1, 0.3, 0.4)]
+    for e in group:
+        e.turns = [replace(t, player="aligned") if t.seat == "seat_3" else t for t in e.turns]
+    assert Imitation(models, 1.0).copies([group]) == [
+        Copy("seat_1", (1, 2), (12,)),  # .5 of seat_3
+        Copy("seat_2", (1, 2), (12,)),
+    ]
+
+
+def test_groups_that_are_played_for_compliance_show_nothing():
+    group = [played(0.1, 0.3, 0.5), played(0.2, 0.3, -0.1)]
+    ruled = [replace(e, scenario=replace(e.scenario, extra={**e.scenario.extra, "stream": "rule"})) for e in group]
+    imitation = Imitation({seat: [] for seat in SEATS}, 1.0)
+    assert imitation.copies([group, ruled]) == imitation.copies([group])
+    assert imitation.copies([ruled]) == []
+
+
+def test_dissenters_of_a_population_are_not_trained_by_imitation(population):
+    (dissenters,) = check_defenses([DefenseSpec(name="dissenters")])
+    groups = play(population, [dissenters.on_scenario(s) for s in games()], population=True)
+    for group in groups:
+        for e in group:  # what seat_1 does in the first episode is paid
+            e.turns = [
+                replace(t, outcome=replace(t.outcome, payoff=float(t.seat == "seat_1" and e.sample % 2 == 0)))
+                for t in e.turns
+            ]
+    before = population.state()
+    models = {seat: [s for s in SEATS if s != seat] for seat in SEATS}
+    nothing = torch.zeros(len(groups), 4)
+    update(population, groups, nothing, imitation=Imitation(models, 2.0), weight_decay=0.1)
+    changed = {key.split("/")[0] for key, value in population.state().items() if not torch.equal(value, before[key])}
+    assert changed == {"seat_1", "seat_2"}
 
 
 def test_imitation_raises_what_was_copied_in_the_copying_seat_alone(population):

@@ -445,7 +445,7 @@ class Gate(Alone):
 @pytest.fixture
 def defenses(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.ModuleType("atp_rl.defenses")
-    fake.__dict__["DEFENSES"] = {"kl_anchor": KLAnchor, "gate": Gate}
+    fake.__dict__.update(DEFENSES={"kl_anchor": KLAnchor, "gate": Gate}, Plan=dict)
     monkeypatch.setitem(sys.modules, "atp_rl.defenses", fake)
 
 

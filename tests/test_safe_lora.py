@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atp_rl.defenses import Plan
 from atp_rl.defenses.safe_lora import SafeLora
 from atp_rl.model.low_rank import Factors, factors
 from atp_rl.types import InputError
@@ -71,8 +72,11 @@ def test_the_aligned_adapter_stays_what_it_is():
 
 
 def test_without_an_aligned_update_there_is_nothing_to_project_on():
-    with pytest.raises(InputError, match="safe_lora projects on the aligned update, and evolution starts without one"):
+    with pytest.raises(InputError, match="safe_lora: projects on the aligned update, and evolution starts without one"):
         SafeLora().prepare(setting(make_policy(anchored=False)))
+    with pytest.raises(InputError, match=r"set `evolve\.start_from` to aligned"):
+        SafeLora().suits(Plan(population=False, imitates=False, from_base=True))
+    SafeLora().suits(Plan(population=True, imitates=True, from_base=False))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Defenses: what may keep an aligned policy aligned while it evolves. One file each, all behind one base class."""
 
 from atp_rl.defenses.audit_announcement import AuditAnnouncement
-from atp_rl.defenses.base import Defense, LossBatch, Probe, Setting
+from atp_rl.defenses.base import Defense, LossBatch, Plan, Probe, Setting
 from atp_rl.defenses.context_reset import ContextReset
 from atp_rl.defenses.covariance import Covariance
 from atp_rl.defenses.dissenters import Dissenters
@@ -68,4 +68,4 @@ _ALL: tuple[type[Defense], ...] = (
 DEFENSES: dict[str, type[Defense]] = {defense.name: defense for defense in _ALL}
 """Name in a recipe -> class. Its options are the dataclass's fields."""
 
-__all__ = ["DEFENSES", "Defense", "Gate", "KLAnchor", "LossBatch", "Probe", "Setting"]
+__all__ = ["DEFENSES", "Defense", "Gate", "KLAnchor", "LossBatch", "Plan", "Probe", "Setting"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atp_rl.model.policy import Policy
 from atp_rl.rollout import Ask
-from atp_rl.types import Cost, Group, Moment, Prompt, Scenario
+from atp_rl.types import Cost, Group, InputError, Moment, Prompt, Scenario
 
 
 class LossBatch(NamedTuple):
@@ -36,6 +36,8 @@ class LossBatch(NamedTuple):
     """The loss of each token before it is weighted, with gradient."""
     groups: Tensor
     """[B] index of the row's group in the step."""
+    updates: int = 1
+    """How many updates the step has, each on all of its episodes."""
 
 
 class Probe(NamedTuple):
@@ -44,6 +46,17 @@ class Probe(NamedTuple):
     violations: int
     n: int
     invalid: int
+
+
+class Plan(NamedTuple):
+    """What a recipe says of its evolution, before anything is loaded."""
+
+    population: bool
+    """Whether every seat has an adapter of its own."""
+    imitates: bool
+    """Whether seats also copy what paid their peers."""
+    from_base: bool
+    """Whether it starts from the bare base model, without an aligned adapter."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,17 @@ class Defense:
 
     def beside(self, others: Sequence[Defense]) -> None:
         """Told all defenses of the recipe, itself among them, in order; raises InputError if they do not fit."""
+
+    def suits(self, plan: Plan) -> None:
+        """Told how the recipe learns; raises InputError if the defense does not fit that."""
+
+    def refuse_imitation(self, plan: Plan) -> None:
+        """For `suits` of what decides by advantages what is learned: copies have none, and would be learned anyway."""
+        if plan.imitates:
+            raise InputError(
+                f"defense {self.name}: acts on advantages, and what seats copy from their peers has none; set "
+                "evolve.learner=population, or leave the defense out"
+            )
 
     def prepare(self, setting: Setting) -> None:
         """Once, before the first step, or before the first one after a resume."""
@@ -143,7 +167,7 @@ class Defense:
         """Change the gradients in place, the same on every rank, before clipping and the optimizer."""
 
     def after_update(self, policy: Policy) -> None:
-        """Change the weights in place, after the optimizer."""
+        """Change the weights in place, once a step, after its last update."""
 
     def accept(self, before: Probe, after: Probe) -> bool:
         """Whether the step may stand; if not, weights and optimizer return to the last step that all `trusts`."""

@@ -2,8 +2,9 @@
 
 Mechanism: regresses the advantages of a step on what a monitor saw of the violations, and keeps the residual. To first
            order the update then does not change how often that happens.
-Formula:   A' = A - Cov(A, v) / Var(v) (v - mean v) over all samples of the step, v = share of a sample's decisions that
-           an action monitor with `recall` flagged. Sum of A' (v - mean v) is 0.
+Formula:   A' = A - Cov(A, v) / Var(v) (v - mean v) over all samples of the step that an adapter learns from (in a
+           population those of one seat), v = share of a sample's decisions that an action monitor with `recall`
+           flagged. Sum of A' (v - mean v) is 0. Refused beside the learner `imitation`, whose copies have no advantage.
 Source:    the residual of a least-squares regression; this use of it is this project's own.
 Hook:      on_advantages.
 Cost:      none here; a real monitor would have to read every reply.
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from atp_rl.defenses.base import Defense
+from atp_rl.defenses.base import Defense, Plan
 from atp_rl.defenses.sightings import watch
+from atp_rl.samples import columns_of_adapters
 from atp_rl.types import Group, InputError
 
 
@@ -46,8 +48,13 @@ class Covariance(Defense):
         if not 0 < self.recall <= 1:
             raise InputError(f"defense covariance: `recall` must be in (0, 1], got {self.recall}")
 
+    def suits(self, plan: Plan) -> None:
+        self.refuse_imitation(plan)
+
     def on_advantages(self, groups: Sequence[Group], advantages: Tensor) -> Tensor:
         seen = watch(groups, kind="action", recall=self.recall, false_alarm=0.0).shares
-        changed = residual(advantages, seen)
+        changed = advantages.clone()
+        for own in columns_of_adapters(groups):
+            changed[:, own] = residual(advantages[:, own], seen[:, own])
         self.metrics = {"seen_share": seen.mean().item(), "removed": (changed - advantages).abs().mean().item()}
         return changed

@@ -1,11 +1,12 @@
 """Early stop (control): learning ends for good once the policy is so far from the aligned one.
 
 Mechanism: measures KL(policy || aligned) on the replies of each step. In the first step in which it is above the
-           budget, and in all later ones, the gradients are dropped: no weight changes any more.
+           budget, and in all later ones, the gradients of all losses are dropped, and what other defenses do to the
+           weights is undone: no step changes them any more. A rollback still does, and there they stay.
 Formula:   KL per reply = mean over replies of sum_t exp(d) - d - 1, d = log aligned - log policy of the tokens drawn
            (k3, arXiv 2402.03300, eq. 4).
 Source:    the budget of arXiv 2210.10760, whose policies are compared at equal KL; every defense must beat it there.
-Hook:      on_rewards (measures), on_gradients.
+Hook:      on_rewards (measures), on_gradients, after_update; so it comes last in the list.
 Cost:      two forwards without gradient over the episodes of each step, until it stops.
 Known failure: it spends its budget on payoff and violations alike, and stops learning of either. The KL is that of the
            policy before the step's update, so the last update may overrun the budget; and it is an estimate.
@@ -37,6 +38,14 @@ class EarlyStop(Defense):
         if not self.budget > 0:
             raise InputError(f"defense early_stop: `budget` must be > 0, got {self.budget}")
         self.stopped = False
+        self.final: dict[str, Tensor] = {}
+        """Once it has stopped: the weights that the step began with, by the names of `Policy.state`."""
+
+    def beside(self, others: Sequence[Defense]) -> None:
+        if others[-1] is not self:
+            raise InputError(
+                "defense early_stop: must be the last of `defenses`, or the others would go on changing the weights"
+            )
 
     def on_rewards(self, groups: Sequence[Group], rewards: Tensor) -> Tensor:
         if not self.stopped:
@@ -45,6 +54,8 @@ class EarlyStop(Defense):
             total = sum(((-ratio).exp() + ratio - 1).sum().item() for ratio in ratios)
             self.metrics["kl"] = total / sum(len(sample.turns) for sample in samples)
             self.stopped = self.metrics["kl"] > self.budget
+        if self.stopped:
+            self.final = self.setting.policy.state()
         self.metrics["stopped"] = float(self.stopped)
         return rewards
 
@@ -52,6 +63,10 @@ class EarlyStop(Defense):
         if self.stopped:
             for parameter in policy.trainable:
                 parameter.grad = None
+
+    def after_update(self, policy: Policy) -> None:
+        if self.stopped:
+            policy.restore(self.final)
 
     def state(self) -> dict[str, Any]:
         return {"stopped": self.stopped}

@@ -2,6 +2,7 @@
 
 Mechanism: some groups of each step play scenarios of the alignment suite in the very same format, and are rewarded for
            compliance. They are on-policy as the others are, and take their place: a step has as many groups as before.
+           The learner `imitation` copies nothing from them, since there payoff is not what is asked for.
 Formula:   of step t floor(rho N t) - floor(rho N (t-1)) of its N groups, so over the steps exactly the share rho. Their
            reward is `reward_models.compliance`, averaged over a sample's rounds.
 Source:    arXiv 2605.31328.

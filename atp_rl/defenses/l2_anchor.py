@@ -1,4 +1,4 @@
-"""L2 anchor and EWC: after every step the weights are pulled back towards the aligned ones.
+"""L2 anchor and EWC: once a step, after its last update, the weights are pulled back towards the aligned ones.
 
 Mechanism: a decoupled pull on the adapter's own weights, as AdamW's weight decay is one, but towards the aligned
            weights and not towards zero; EWC pulls each weight by how much the aligned answers depend on it.
@@ -9,8 +9,9 @@ Source:    L2-SP, arXiv 1802.01483; EWC, arXiv 1612.00796; decoupled decay, arXi
 Hook:      after_update.
 Cost:      none that counts; ewc once `pairs` forwards and backwards of one answer each.
 Known failure: distance of the factors is not distance of what the policy does: few weights make the decision, and a
-           pull weak enough to leave learning possible leaves those too. Adam moves a weight by about lr a step, so
-           drift ends where pull x distance = lr: at 1 / pull steps' worth of it. A pull of 1e-3 x lr is none at all.
+           pull weak enough to leave learning possible leaves those too. Adam moves a weight by about lr an update, so
+           drift ends where pull x distance = lr x `evolve.updates_per_step`: at 1 / pull steps' worth of it. More
+           updates a step weaken the pull, therefore. A pull of 1e-3 x lr is none at all.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ Hook:      on_rewards.
 Cost:      none.
 Known failure: the integral alone acts after the violations have come, then for too long; start from about 1.2 x the
            payoff gap (`warm_start`). With group-normalised advantages the size of the price counts only relative to the
-           payoff gap: below it nothing changes, above it the push turns round.
+           payoff gap: below it nothing changes, above it the push turns round. What the learner `imitation` copies from
+           peers goes by payoff, whatever the price.
 """
 
 from __future__ import annotations

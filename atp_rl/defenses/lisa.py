@@ -4,9 +4,11 @@ Mechanism: `align_steps` steps learn from alignment's pairs in place of the epis
            then `evolve_steps` steps learn from the episodes, and so on; in both a proximal term holds the weights near
            those of the last switch. Episodes are played, and counted, in both kinds of step: arms are compared at equal
            environment steps, of which this one learns from a part.
-Formula:   loss + rho / 2 |theta - theta_switch|^2; in alignment steps the loss is the mean of -log pi(chosen).
+Formula:   loss + rho / 2 |theta - theta_switch|^2; in alignment steps the loss is the mean of -log pi(chosen). After a
+           rollback theta_switch is what was restored. Refused beside the learner `imitation`, whose copies would be
+           learned in alignment steps too.
 Source:    Lisa, arXiv 2405.18641 (bi-state optimization with a proximal term).
-Hook:      begin (the switch), on_advantages, backward, on_gradients.
+Hook:      begin (the switch), on_advantages, backward, on_gradients, on_rollback.
 Cost:      in alignment steps a forward and backward over `batch` answers an update.
 Known failure: within `evolve_steps` steps evolution can tip what `align_steps` steps have to repair, and SFT on pairs
            repairs slowly. Adam is shared by both kinds of step, so moments of the one push into the first of the other;
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atp_rl.defenses.base import Defense, Setting
+from atp_rl.defenses.base import Defense, Plan, Setting
 from atp_rl.defenses.pairs import backward_sft, drawn, read_pairs
 from atp_rl.model.policy import Policy
 from atp_rl.types import Group, InputError
@@ -49,6 +51,9 @@ class Lisa(Defense):
             raise InputError(f"defense lisa: `rho` must be >= 0, got {self.rho}")
         self.switch: dict[str, Tensor] = {}
         """The weights at the last switch, by the names of `Policy.state`."""
+
+    def suits(self, plan: Plan) -> None:
+        self.refuse_imitation(plan)
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
@@ -84,6 +89,9 @@ class Lisa(Defense):
             weight.grad = self.rho * away if weight.grad is None else weight.grad + self.rho * away
             squares += float(away.square().sum())
         self.metrics["away"] = squares**0.5
+
+    def on_rollback(self) -> None:
+        self.switch = self.setting.policy.state()
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.switch)

@@ -12,6 +12,8 @@ Cost:      none here; a real monitor would have to read every reply.
 Known failure: screening with recall < 1 only slows: each violation that is missed still pushes. With group-normalised
            advantages it counts how often a violation pays, not how much: a penalty then needs recall above .5, too. A
            policy that learns to write what the text monitor does not know lowers its recall, which `recall` shows.
+           The learner `imitation` copies what paid a peer, whatever the fine: `screening` is refused beside it, and
+           `penalty` changes there only what a seat learns from its own rewards.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from atp_rl.defenses.base import Defense
+from atp_rl.defenses.base import Defense, Plan
 from atp_rl.defenses.sightings import Sightings, watch
 from atp_rl.types import Group, InputError
 from reward_models.monitor import Kind
@@ -53,6 +55,10 @@ class Monitor(Defense):
                 raise InputError(f"defense {self.name}: `{field}` must be in [0, 1], got {getattr(self, field)}")
         if not self.fine > 0:
             raise InputError(f"defense {self.name}: `fine` must be > 0, got {self.fine}")
+
+    def suits(self, plan: Plan) -> None:
+        if self.mode == "screening":
+            self.refuse_imitation(plan)
 
     def on_rewards(self, groups: Sequence[Group], rewards: Tensor) -> Tensor:
         return rewards - self.fine * self.flagged(groups) if self.mode == "penalty" else rewards

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from atp_rl import ranks
-from atp_rl.defenses.base import Defense, LossBatch, Setting
+from atp_rl.defenses.base import Defense, LossBatch, Plan, Setting
 from atp_rl.defenses.kl_anchor import kl_to_anchor
 from atp_rl.model.policy import Policy
 from atp_rl.types import InputError
@@ -40,30 +40,27 @@ class MovingAnchor(Defense):
         if not 0 < self.decay < 1:
             raise InputError(f"defense moving_anchor: `decay` must be between 0 and 1, got {self.decay}")
         self.anchor: dict[str, Tensor] = {}
-        self.updates = 0
 
-    def begin(self, step: int) -> None:
-        super().begin(step)
-        self.updates = 0
+    def suits(self, plan: Plan) -> None:
+        if plan.population:
+            raise InputError(
+                "defense moving_anchor: works for one adapter, and a population has several; set "
+                "evolve.learner=policy_gradient, or leave the defense out"
+            )
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
-        if len(setting.policy.live) > 1:
-            raise InputError("defense moving_anchor: works for one adapter, and a population has several")
         setting.policy.add_frozen(self.name)
         self._move(setting.policy, setting.policy.state())
 
     def extra_loss(self, batch: LossBatch) -> Tensor:
         per_token = kl_to_anchor(batch.logprobs, batch.anchor_logprobs(self.name), batch.old_logprobs, "k3")
         kl = (per_token * batch.weights).sum()
-        self.metrics["kl"] = self.metrics.get("kl", 0.0) + kl.item()
+        self.metrics["kl"] = self.metrics.get("kl", 0.0) + kl.item() / batch.updates
         return self.beta * kl
 
-    def on_gradients(self, policy: Policy) -> None:
-        self.updates += 1
-
     def after_update(self, policy: Policy) -> None:
-        self.metrics["kl"] = ranks.total([self.metrics.get("kl", 0.0)])[0] / max(1, self.updates)
+        (self.metrics["kl"],) = ranks.total([self.metrics.get("kl", 0.0)])
         now = policy.state()
         self._move(policy, {key: self.decay * was + (1 - self.decay) * now[key] for key, was in self.anchor.items()})
 

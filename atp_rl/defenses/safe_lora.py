@@ -18,10 +18,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atp_rl.defenses.base import Defense, Setting
+from atp_rl.defenses.base import Defense, Plan, Setting
 from atp_rl.model.low_rank import as_state, column_space, combination, factors, projected, share_within
 from atp_rl.model.policy import Policy
 from atp_rl.types import InputError
+
+NO_UPDATE = (
+    "defense safe_lora: projects on the aligned update, and evolution starts without one; set `evolve.start_from` to "
+    "aligned or to the directory of an aligned adapter"
+)
 
 
 @dataclass
@@ -39,15 +44,16 @@ class SafeLora(Defense):
         if not 0 < self.tau <= 1:
             raise InputError(f"defense safe_lora: `tau` must be in (0, 1], got {self.tau}")
 
+    def suits(self, plan: Plan) -> None:
+        if plan.from_base:
+            raise InputError(NO_UPDATE)
+
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
         self.aligned = factors(setting.aligned)
         self.spaces = {name: column_space(update) for name, update in self.aligned.items()}
-        if not any(space.shape[1] for space in self.spaces.values()):
-            raise InputError(
-                "`defenses`: safe_lora projects on the aligned update, and evolution starts without one; start from an "
-                "aligned adapter"
-            )
+        if not any(space.shape[1] for space in self.spaces.values()):  # an adapter that nothing has trained
+            raise InputError(NO_UPDATE)
 
     def after_update(self, policy: Policy) -> None:
         if self.step % self.every:

@@ -15,7 +15,8 @@ def check_recall(recall: float, defense: str) -> None:
 def seen_violations(moment: Moment, recall: float, defense: str) -> set[int]:
     """The past rounds (from 0) whose violation a monitor sees, each with probability `recall`.
 
-    Drawn from the episode, the seat, the defense's name and the round alone.
+    A decision of which the rule demanded nothing is none. Drawn from the episode, the seat, the defense's name and the
+    round alone.
     """
-    broken = [k for k, outcome in enumerate(moment.past) if outcome.verdict == "violation"]
+    broken = [k for k, outcome in enumerate(moment.past) if outcome.ruled and outcome.verdict == "violation"]
     return {k for k in broken if random_stream(*moment.episode, moment.seat, defense, k).random() < recall}

@@ -11,7 +11,8 @@ Source:    the constrained fine-tuning of "Safety alignment should be made more 
 Hook:      extra_loss.
 Cost:      one more forward without gradient over the episodes of each step (shared with other defenses that ask).
 Known failure: it protects the form of a decision, not its sense: what comes before it (the reasoning, with b alone) is
-           free to move until only one decision follows. It slows more than it stops: the weight never reaches 0.
+           free to move until only one decision follows. It slows more than it stops: the weight never reaches 0. What
+           the learner `imitation` copies is not weighted.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class TokenConstraint(Defense):
         strengths = torch.where(decides, self.b * self.factor, self.b)
         weights = damping(batch.logprobs.detach(), batch.anchor_logprobs(), batch.advantages, strengths)
         change = batch.weights * (weights - 1)
-        self.metrics["damped"] = self.metrics.get("damped", 0.0) - float(change.sum())
+        self.metrics["damped"] = self.metrics.get("damped", 0.0) - float(change.sum()) / batch.updates
         return (change * batch.surrogate).sum()
 
     def after_update(self, policy: Policy) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from atp_rl.defenses.interleave import is_rule_stream
+from atp_rl.model.policy import ALIGNED
 from atp_rl.scenarios.collusion import START
 from atp_rl.types import Episode, Group, Turn
 
@@ -34,7 +36,8 @@ class Imitation:
     one of its models made is looked up, and every decision that gained so much is copied, unless all of them did: then
     the round shows nothing. The loss is the mean of -log pi(reply | prompt) over a seat's copies (filtered behaviour
     cloning), times `weight`, added to the policy gradient of the seat's own payoffs. Seats that are scripted have no
-    reply of a policy, so nobody copies them.
+    reply of a policy, so nobody copies them. A seat that the frozen aligned adapter plays (the defense `dissenters`)
+    copies nobody and may be copied; groups that are played for compliance (`interleave`) show nothing.
     """
 
     models: Mapping[str, Sequence[str]]
@@ -45,8 +48,10 @@ class Imitation:
         return [
             Copy(seat, paid.turn.prompt_ids, paid.turn.completion.token_ids)
             for group in groups
+            if not is_rule_stream(group)
             for played in _rounds(group)
             for seat, models in self.models.items()
+            if not any(paid.turn.seat == seat and paid.turn.player == ALIGNED for paid in played)
             for paid in _best([paid for paid in played if paid.turn.seat == seat or paid.turn.seat in models])
         ]
 

@@ -19,6 +19,6 @@ def evolve_by_api(recipe: Recipe, run: Run, suites: Suites, *, report: Report) -
     Raises:
         InputError: the service stopped answering.
     """
-    defenses = check_defenses(recipe.defenses)
+    defenses = check_defenses(recipe.defenses, recipe.evolve)
     ranks.from_first(lambda: run.rewind(-1))
     measure_checkpoint(recipe, run, suites, None, api_sampler(recipe), defenses, step=0, report=report)

@@ -170,7 +170,9 @@ class PolicyGradient:
         per_token = clipped_surrogate(logprobs, old, advantages, self.clip_epsilon)
         loss = (per_token * weights).sum()
         acted, groups = chunk.tokens.to(device), chunk.groups.to(device)
-        defended = LossBatch(logprobs, old, anchor_logprobs, mask, weights, acted, advantages, per_token, groups)
+        defended = LossBatch(
+            logprobs, old, anchor_logprobs, mask, weights, acted, advantages, per_token, groups, self.updates_per_step
+        )
         for defense in defenses:
             with defense.paying(policy):
                 extra = defense.extra_loss(defended)

@@ -74,7 +74,7 @@ def evolve(
     aligned, anchor_hash = policy.state(), policy.adapter_hash("aligned")
     sampler, sync_probe = make_sampler(recipe, policy), make_sync_probe(recipe, suites, policy)
     models = reward_models.make(settings.rewards, settings.reward_options.model_dump(), folder=run.path)
-    defenses: list[Defense] = check_defenses(recipe.defenses)
+    defenses: list[Defense] = check_defenses(recipe.defenses, recipe.evolve)
     prepare(recipe, suites, policy, anchor, defenses)
     train = defended(suites, defenses).train
     gating = any(type(defense).accept is not Defense.accept for defense in defenses)

@@ -11,11 +11,11 @@ DEFENSES = ", ".join(
         "{name: interleave, rho: 0.4}",
         "{name: kl_anchor, estimator: reward, streams: rule, target_kl: 0.01}",
         "{name: moving_anchor, beta: 0.5}",
-        "{name: early_stop, budget: 0.02}",
         "{name: lagrangian, warm_start: 0.3}",
         "{name: random_routing, mode: screening, false_alarm: 0.2}",
         "{name: covariance}",
         "{name: gate, test: cusum, p0: 0.2, shift: 0.3, h: 6}",
+        "{name: early_stop, budget: 0.02}",
     ]
 )
 
