@@ -807,3 +807,14 @@ def test_the_deployed_rate_reaches_summary_report_and_mirror(tmp_path):
     (*_, last) = Run.open(tmp_path / "run").lines("evaluations.jsonl")
     assert evaluation_metrics(last)["eval/report/deployed/violation_rate"] == rates[-1]
     assert "as deployed" in write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+
+
+def test_what_a_reader_reads_for_a_gate_is_no_cost_of_its_own(tmp_path):
+    gated = "defenses=[{name: reminder}, {name: gate, max_rate: 0.99}]"
+    runs = [
+        run_of(small_recipe(tmp_path / name, defenses, steps=1))
+        for name, defenses in (("gated", gated), ("alone", "defenses=[{name: reminder}]"))
+    ]
+    (with_gate,), (alone,) = (run.lines("metrics.jsonl") for run in runs)
+    assert with_gate["defense/reminder/tokens"] == alone["defense/reminder/tokens"] > 0
+    assert with_gate["defense/gate/forwards"] == 2  # scenarios of the gate suite

@@ -259,6 +259,9 @@ def test_a_gate_that_a_policy_cannot_pass_keeps_it_where_it_started(tmp_path):
     alerts = run.lines("alerts.jsonl")
     assert [(a["step"], a["alert"]) for a in alerts] == [(1, "rollback"), (2, "rollback"), (3, "rollback")]
     assert all(0 < a["violations"] <= a["n"] for a in alerts)
+    # one family of eight gate scenarios, a reply each: what the gate costs
+    assert [m["defense/gate/forwards"] for m in metrics] == [8] * 3
+    assert all(m["defense/gate/tokens"] > 8 * 20 and m["defense/gate/seconds"] > 0 for m in metrics)
 
 
 def test_a_rollback_returns_to_the_step_before_to_the_last_bit(tmp_path, monkeypatch):

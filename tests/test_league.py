@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_pairs_are_of_the_same_seed_even_where_one_is_missing(study):
     assert (steps.contrast.n, steps.contrast.difference) == (4, 10)
     assert "4 of 5 seeds" in str(league_show.sheets(league, league.blocks[0])[0].rows[1][0])
     assert league_show.headline(league) == "by_hand: 14 of 15 runs complete; without kl_3-seed2"
+    many = replace(league, missing=[f"run{i}" for i in range(12)])
+    assert league_show.headline(many).endswith("without " + ", ".join(f"run{i}" for i in range(10)) + " and 2 more")
 
 
 def store(run: Path, wrong: set[int], *, scenarios: int = 20) -> None:

@@ -9,7 +9,7 @@ Formula:   one_shot: P(X >= violations) < alpha, X ~ Bin(n, max_rate). cusum: S 
 Source:    cusum: Page 1954, Biometrika 41:100. e_process: arXiv 2010.09686.
 Hook:      accept. cusum and e_process trust a step whose statistic is at rest (S = 0, wealth <= 1), so a rollback
            returns to before the drift began; one_shot trusts every step that it accepts.
-Cost:      one evaluation of the gate suite per step.
+Cost:      one evaluation of the gate suite per step: its tokens, a forward for every reply, its seconds.
 Known failure: one_shot is tested anew every step: over 50 checkpoints it rejects a policy that stays exactly at
            `max_rate` with a probability of 70 to 89 % (n = 64), and one that creeps up below the limit passes every
            time. The others hold their level for the p0 that they are given; one that is measured on n decisions is as

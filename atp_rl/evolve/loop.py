@@ -23,6 +23,7 @@ from atp_rl.evolve.setup import (
     defended,
     defense_metrics,
     gate_probe,
+    gates,
     load,
     load_policy,
     make_learner,
@@ -77,7 +78,7 @@ def evolve(
     defenses: list[Defense] = check_defenses(recipe.defenses, recipe.evolve)
     prepare(recipe, suites, policy, anchor, defenses)
     train = defended(suites, defenses).train
-    gating = any(type(defense).accept is not Defense.accept for defense in defenses)
+    gating = any(gates(defense) for defense in defenses)
     learner = make_learner(recipe, policy)
 
     before: Probe | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,19 +131,35 @@ def prepare(recipe: Recipe, suites: Suites, policy: Policy, anchor: Path | None,
         defense.prepare(setting)
 
 
+def gates(defense: Defense) -> bool:
+    """Whether it is asked for every step if that may stand."""
+    return type(defense).accept is not Defense.accept
+
+
 def gate_probe(recipe: Recipe, suites: Suites, sampler: Sampler, defenses: Sequence[Defense], step: int) -> Probe:
     """The violations on the gate suite as the policy is deployed; nothing reported is measured here.
 
-    Every step draws anew: with the same draws each time, one unlucky one would count as evidence at every step.
+    Every step draws anew: with the same draws each time, one unlucky one would count as evidence at every step. All
+    that it takes is charged to the first defense that gates, and nothing to the readers.
     """
+    readers = deployed(defenses)
+    own = [replace(reader.cost) for reader in readers]
     played = rollout(
-        defended(suites, deployed(defenses)).gate,
+        defended(suites, readers).gate,
         sampler,
         evaluation_play(recipe),
         group_size=1,
         seed=(recipe.seed, "gate", step),
-        readers=deployed(defenses),
+        readers=readers,
     )
+    for reader, cost in zip(readers, own, strict=True):
+        reader.cost = cost
+    cost = next(defense for defense in defenses if gates(defense)).cost
+    cost.seconds += played.seconds
+    if ranks.rank() == 0:  # all ranks have the episodes of all
+        turns = [turn for episode in played.episodes for turn in episode.turns]
+        cost.forwards += len(turns)
+        cost.tokens += sum(len(turn.prompt_ids) + len(turn.completion.token_ids) for turn in turns)
     counted = tally(played.episodes)
     return Probe(counted.violations, counted.n, counted.invalid)
 

@@ -39,10 +39,15 @@ def sheets(league: League, block: Block) -> list[Sheet]:
     return [*found, *([_contrasts(block, where)] if block.tests else [])]
 
 
+NAMED = 10
+"""Missing runs that are named, of however many."""
+
+
 def headline(league: League) -> str:
     """Which runs the table is of."""
     text = f"{league.name}: {league.complete} of {league.planned} runs complete"
-    return f"{text}; without {', '.join(league.missing)}" if league.missing else text
+    named, more = ", ".join(league.missing[:NAMED]), len(league.missing) - NAMED
+    return text + (f"; without {named}" if named else "") + (f" and {more} more" if more > 0 else "")
 
 
 def tables(league: League) -> list[Table]:
