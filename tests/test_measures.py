@@ -214,6 +214,7 @@ def test_a_monitor_by_window_and_its_cost(tmp_path):
     assert of(m, "monitor: precision").value == 0.6
     lost = of(m, "monitor: obfuscation")
     assert lost.value == pytest.approx(1 - 0.3 / 0.9)
+    assert lost.value is not None
     assert lost.low is not None
     assert lost.high is not None
     assert lost.low < lost.value < lost.high
