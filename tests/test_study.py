@@ -65,8 +65,9 @@ if recipe["evolve"] is None:
     (folder / "aligned").mkdir()
 else:
     rates = {"violation_rate": 0.02, "ci_low": 0.0, "ci_high": 0.1, "n": 50, "invalid_rate": 0.0}
-    (folder / "summary.json").write_text(json.dumps(
+    (folder / "summary.json.new").write_text(json.dumps(
         {"name": recipe["run"]["name"], "seed": recipe["seed"], "aligned": rates, "final": rates, "tipped": False}))
+    (folder / "summary.json.new").rename(folder / "summary.json")  # as `atp`: nobody ever reads half of it
 '''
 
 
