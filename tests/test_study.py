@@ -6,6 +6,7 @@ The runs themselves are stand-ins here (`FAKE`), which take no time; `tests/faul
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -141,6 +142,28 @@ def test_arms_share_one_alignment_unless_they_align_otherwise():
     longer = made.alignments[1].recipe.align
     assert longer is not None
     assert longer.trl["max_steps"] == 90
+
+
+def test_an_arm_that_starts_from_another_adapter_says_so():
+    arms = {"undefended": [], "kl_3": [KL], "longer": ["align.trl.max_steps=90"], "base": ["evolve.start_from=base"]}
+    differs = {member.arm: member.differs for member in plan(small(arms=arms)).members}
+    assert differs == {"undefended": (), "kl_3": (), "longer": ("align",), "base": ("evolve.start_from",)}
+
+
+def test_fingerprints_hold_the_adapter_but_not_the_place_of_the_study():
+    own, moved = (plan(small(), folder).members[0].recipe for folder in (None, Path("/mnt/moved")))
+    assert own.evolve is not None
+    assert moved.evolve is not None
+    assert moved.evolve.start_from == "/mnt/moved/align/aligned"
+    assert fingerprint(moved) == fingerprint(own)
+    prints = {
+        fingerprint(own.model_copy(update={"evolve": own.evolve.model_copy(update={"start_from": adapter})}))
+        for adapter in ("/a/align/aligned", "/b/align/aligned", "/b/small/align/aligned", "align/aligned")
+    }
+    assert len(prints) == 4
+    resolved = own.model_dump(exclude={"run", "track"})
+    resolved["evolve"]["start_from"] = "align/aligned"  # as studies that are under way have it
+    assert fingerprint(own) == hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_study_that_starts_from_the_base_aligns_nothing():
@@ -565,6 +588,84 @@ def test_what_is_complete_is_not_submitted(sbatch, fake, atp):
     assert "--dependency" not in call
     atp()
     assert "everything is complete" in atp("--launcher", "slurm")[1]
+
+
+def queue(tmp_path: Path, *tasks: str) -> None:
+    """A stand-in for squeue that lists these tasks, and only if it is asked for all of this user's one by one."""
+    arguments = "--me --noheader --array --format=%i"
+    script = f'#!/bin/bash\n[ "$*" = "{arguments}" ] || exit 1\nprintf "%s\\n" {" ".join(tasks)}\n'
+    (tmp_path / "bin" / "squeue").write_text(script)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+
+
+def test_what_waits_or_runs_in_the_queue_is_not_submitted_again(sbatch, fake, atp, tmp_path):
+    atp("--launcher", "slurm")
+    first = (tmp_path / "runs/small/slurm/members.txt").read_bytes()
+    sbatch.unlink()
+    queue(tmp_path, "7_1", "41_1", "42_2", "42_3", "42_4")
+    code, output, _ = atp("--launcher", "slurm")
+    folder = tmp_path / "runs" / "small" / "slurm"
+    assert code == 0
+    assert output.splitlines() == [
+        "align is at work, as task 41_1",
+        "undefended-seed1 is at work, as task 42_2",
+        "kl_3-seed0 is at work, as task 42_3",
+        "kl_3-seed1 is at work, as task 42_4",
+        "members: 1 tasks of job 41",
+    ]
+    assert sbatch.read_text().splitlines() == [
+        "--parsable --dependency=afterok:41_1 --kill-on-invalid-dep=yes --array=1-1 "
+        f"{folder}/array.sbatch {folder}/members-2.txt"
+    ]
+    assert (folder / "members.txt").read_bytes() == first  # tasks that wait have yet to read it
+    assert Path((folder / "members-2.txt").read_text().split()[0]).name == "undefended-seed0"
+
+    atp("--member", "align")  # a task does not forget which one it is
+    study = json.loads(Path("runs/small/study.json").read_text())
+    assert study["alignments"][0]["task"] == "41_1"
+    assert [entry["task"] for entry in study["members"]] == ["41_1", "42_2", "42_3", "42_4"]
+    queue(tmp_path, "41_1", "42_2", "42_3", "42_4")
+    assert "everything is complete or at work; nothing to submit" in atp("--launcher", "slurm")[1]
+
+
+def test_without_a_queue_to_ask_what_a_process_holds_is_not_submitted(sbatch, fake, atp):
+    atp("--member", "align")
+    fake.behave(kl_3__seed0="fails")
+    atp("--member", "kl_3-seed0")
+    with Path("runs/small/kl_3-seed0/recipe.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _, output, _ = atp("--launcher", "slurm")
+    assert output.splitlines() == ["kl_3-seed0 is at work", "members: 3 tasks of job 41"]
+    assert listed()["kl_3-seed0"] == "failed"  # as it was
+
+
+def test_members_cannot_wait_for_an_alignment_outside_of_slurm(sbatch, fake, atp):
+    fake.behave(align="fails")
+    atp("--member", "align")
+    with Path("runs/small/align/recipe.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "runs/small/align: is at work, and not as a task in Slurm's queue; wait for it" in errors
+
+
+def test_a_queue_that_does_not_answer_submits_nothing(sbatch, atp, tmp_path):
+    atp("--launcher", "slurm")
+    sbatch.unlink()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho no controller >&2\nexit 1\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "was refused: no controller" in errors
+
+
+def test_nothing_is_submitted_while_the_study_runs_here(sbatch, atp):
+    Path("runs/small").mkdir(parents=True)
+    with Path("runs/small/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "another `atp study` is at work here" in errors
 
 
 def test_a_dry_run_of_slurm_prints_all_and_writes_nothing(atp):
