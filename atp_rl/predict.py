@@ -48,7 +48,7 @@ HORIZON = 5000
 """Model steps of a simulation, or twice the time to 50 % without defenses where that is longer."""
 LONGEST = 20_000
 
-MODELLED = {
+MODELLED: dict[str, tuple[str, ...]] = {
     "kl_anchor": ("beta", "estimator", "target_kl", "streams"),
     "lagrangian": ("limit", "kp", "ki", "kd", "warm_start", "cap"),
     "interleave": ("rho",),

@@ -25,7 +25,7 @@ from atp_rl.recipe import load
 from atp_rl.studies import local, record, slurm
 from atp_rl.studies.file import Study, find_sources, read_study
 from atp_rl.studies.members import Job, Member, Plan, fingerprint, plan
-from atp_rl.studies.show import plan_lines
+from atp_rl.studies.show import plan_lines, too_few_seeds
 from atp_rl.types import InputError
 from tests.command_line import RECIPES
 
@@ -263,6 +263,52 @@ def test_default_contrasts_are_against_undefended():
     assert small(arms=arms, primary=[["kl_1", "kl_3"]]).contrasts == [("kl_1", "kl_3")]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "seeds", "says"),
+    [
+        (1, 6, "with 6 seeds: over 2 tests (2 measures, contrasts: 1) the least p-value is 0.062 after Holm's "
+               "correction; take 7 seeds or more"),
+        (1, 7, None),
+        (6, 8, "over 12 tests (2 measures, contrasts: 6) the least p-value is 0.094 after Holm's correction; take 9 "
+               "seeds or more or name at most 3 in `primary`"),
+        (6, 9, None),
+        (31, 1, "with 1 seed: over 62 tests (2 measures, contrasts: 31) the least p-value is 1 after Holm's "
+                "correction; take 12 seeds or more"),
+        (126, 14, "the least p-value is 0.05 after Holm's correction; name at most 125 in `primary`"),
+    ],
+)  # fmt: skip
+def test_too_few_seeds_for_the_primary_contrasts(pairs, seeds, says):
+    arms = {"undefended": [], **{f"arm_{i}": [] for i in range(pairs)}}
+    said = too_few_seeds(small(arms=arms, seeds=[*range(seeds)]))
+    assert said is None if says is None else said is not None and said.endswith(says)
+
+
+def test_every_block_of_a_study_has_its_tests():
+    said = too_few_seeds(small(knobs={"evolve.learning_rate": [1e-3, 2e-3]}, testbeds={"a": [], "b": []}, seeds=[0]))
+    assert said is not None
+    assert "over 8 tests (2 measures, contrasts: 1, blocks: 4)" in said
+    assert too_few_seeds(small(primary=[])) is None
+
+
+def test_confirm_has_the_arms_of_defenses_and_enough_new_seeds():
+    confirm, defenses = (read_study(RECIPES / "studies" / f"{name}.yaml") for name in ("confirm", "defenses"))
+    assert (confirm.recipes, confirm.set) == (defenses.recipes, defenses.set)
+    assert confirm.arms.items() <= defenses.arms.items()
+    assert not {*confirm.seeds} & {*defenses.seeds}
+    assert too_few_seeds(confirm) is None
+    assert len(confirm.primary or []) == 6
+
+
+def test_robust_alignment_has_a_control_that_differs_in_nothing_else():
+    aligns = {job.name: job.recipe.align for job in plan(read_study(RECIPES / "studies" / "defenses.yaml")).alignments}
+    plain = aligns["align-align_grpo"]
+    for name in ("robust_entropy", "robust_frpo"):
+        robust = aligns[f"align-{name}"]
+        assert robust is not None
+        assert robust.robust is not None
+        assert robust.model_copy(update={"robust": None}) == plain
+
+
 # --- running
 
 
@@ -313,8 +359,9 @@ EVERYTHING = ["align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl
 
 
 def test_everything_runs_once_alignment_first(fake, atp):
-    code, output, _ = atp("--workers", "1")
+    code, output, errors = atp("--workers", "1")
     assert code == 0
+    assert "atp: warning: no primary contrast can become significant" in errors
     assert fake.calls() == [f"run {name}" for name in EVERYTHING]
     assert listed() == dict.fromkeys(EVERYTHING, "complete")
     assert output.splitlines()[-2].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
@@ -473,8 +520,9 @@ def test_one_member(fake, atp):
 
 
 def test_a_dry_run_writes_nothing(fake, atp):
-    code, output, _ = atp("--dry-run")
+    code, output, errors = atp("--dry-run")
     assert (code, fake.calls(), Path("runs").exists()) == (0, [], False)
+    assert errors.startswith("atp: warning: no primary contrast can become significant with 2 seeds: over 2 tests")
     assert "study small in runs/small: 4 members, 1 alignments" in output
     assert "  kl_3-seed1        to run, from align" in output
     assert "primary contrasts: kl_3 against undefended" in output
