@@ -329,13 +329,15 @@ def study(
     from atp_rl.studies import local, slurm
     from atp_rl.studies.file import find_sources, read_study
     from atp_rl.studies.members import choose, plan
-    from atp_rl.studies.show import plan_lines
+    from atp_rl.studies.show import plan_lines, too_few_seeds
 
     path = Path(find_sources([str(file)])[0])
     whole = plan(read_study(path), out)
     part = choose(whole, only or [])
     if dry_run:
         print("\n".join(plan_lines(part)))
+    if not member and (warning := too_few_seeds(whole.study)):
+        print(f"atp: warning: {warning}", file=sys.stderr)
     if launcher == "slurm":
         slurm.submit(part, path, whole=whole, dry_run=dry_run)
     if dry_run or launcher == "slurm":

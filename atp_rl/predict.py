@@ -48,16 +48,16 @@ HORIZON = 5000
 """Model steps of a simulation, or twice the time to 50 % without defenses where that is longer."""
 LONGEST = 20_000
 
-START_VALUES: dict[str, dict[str, Any]] = {
-    "kl_anchor": {"beta": 0.2, "estimator": "k3", "target_kl": None, "streams": "all"},
-    "lagrangian": {"limit": 0.05, "kp": 2.0, "ki": 0.05, "kd": 0.0, "warm_start": 0.0, "cap": None},
-    "interleave": {"rho": 0.25},
-    "monitor": {"mode": "penalty", "kind": "action", "recall": 0.9, "false_alarm": 0.02, "fine": 1.0},
-    "covariance": {"recall": 1.0},
-    "replay": {"loss": "dpo", "weight": 0.2, "beta": 0.5},
-    "merge_back": {"every": 50, "keep": 0.7, "layers": "uniform"},
+MODELLED: dict[str, tuple[str, ...]] = {
+    "kl_anchor": ("beta", "estimator", "target_kl", "streams"),
+    "lagrangian": ("limit", "kp", "ki", "kd", "warm_start", "cap"),
+    "interleave": ("rho",),
+    "monitor": ("mode", "kind", "recall", "false_alarm", "fine"),
+    "covariance": ("recall",),
+    "replay": ("loss", "weight", "beta"),
+    "merge_back": ("every", "keep", "layers"),
 }
-"""Options of the defenses that the model knows, where neither the recipe nor the defense's class says them."""
+"""The defenses that the model knows, and those of their options that matter to it."""
 
 
 class Rewards(NamedTuple):
@@ -268,7 +268,7 @@ def _rewards(scenarios: Sequence[Scenario], weights: dict[str, float], fine: flo
 
 def as_modelled(spec: DefenseSpec, p0: float, setting: Setting) -> Static | MergeBack | Lagrangian | None:
     """A recipe's defense as the model has it; None where it has no such thing."""
-    if spec.name not in START_VALUES:
+    if spec.name not in MODELLED:
         return None
     o = options(spec)
     if (
@@ -300,17 +300,15 @@ def as_modelled(spec: DefenseSpec, p0: float, setting: Setting) -> Static | Merg
 
 
 def options(spec: DefenseSpec) -> dict[str, Any]:
-    """The options of a defense that the model knows: the recipe's, else its class's, else the start values."""
+    """The options of a defense that the model knows: the recipe's, else the defaults of its class."""
     from atp_rl.defenses import DEFENSES
 
-    own = dataclasses.fields(DEFENSES[spec.name]) if spec.name in DEFENSES else ()
-    defaults = {field.name: field.default for field in own if field.default is not dataclasses.MISSING}
-    return START_VALUES[spec.name] | defaults | spec.options
+    return {field.name: field.default for field in dataclasses.fields(DEFENSES[spec.name])} | spec.options
 
 
 def label(spec: DefenseSpec) -> str:
     """A defense's name and the options that matter to the model."""
-    names = {"monitor": ("mode", "recall", "fine")}.get(spec.name, tuple(START_VALUES[spec.name]))
+    names = {"monitor": ("mode", "recall", "fine")}.get(spec.name, MODELLED[spec.name])
     found = {name: value for name in names if (value := options(spec)[name]) not in (None, "all", "uniform")}
     if found.get("mode") == "screening":
         del found["fine"]
@@ -341,7 +339,7 @@ def warnings(recipe: Recipe, suites: Suites) -> list[str]:
     None where the defenses together hold (at `HELD` or less; a Lagrangian without kp or warm start is still named),
     where nothing tips without them, or where the model does not apply.
     """
-    if not any(spec.name in START_VALUES for spec in recipe.defenses):
+    if not any(spec.name in MODELLED for spec in recipe.defenses):
         return []
     try:
         prediction = predict(recipe, suites, p0=ASSUMED_P0)

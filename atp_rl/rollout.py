@@ -19,13 +19,13 @@ from atp_rl.scenarios import Supervision, Told, make_env
 from atp_rl.types import (
     Chat,
     Completion,
-    Cost,
     Episode,
     Group,
     Key,
     Message,
     Moment,
     Outcome,
+    Overhead,
     Prompt,
     Sampler,
     SamplingParams,
@@ -66,7 +66,7 @@ Ask = Callable[[Sequence[Prompt], Sequence[str], int], list[Completion]]
 class Reader(Protocol):
     """Changes what seats read (a defense). It must depend on its arguments alone: episodes are played in any order."""
 
-    cost: Cost
+    cost: Overhead
 
     def on_history(self, rounds: list[int], moment: Moment) -> list[int]:
         """Which of these past rounds (from 0, ascending) stay in the conversation."""

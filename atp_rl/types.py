@@ -128,7 +128,7 @@ class Prompt:
 
 
 @dataclass
-class Cost:
+class Overhead:
     """What something took that would not have been needed otherwise."""
 
     tokens: int = 0

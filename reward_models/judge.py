@@ -25,6 +25,8 @@ from reward_models.completions import Completion
 from reward_models.preference import conversation
 
 _SECTION = "evolve.reward_options.judge"
+ANSWER_TOKENS = 512
+"""The longest answer that is asked for: a grade takes a few tokens, and a judge that thinks first has some room."""
 _GRADE = re.compile(r"0|1|[01]?\.\d+|[01]\.")
 
 
@@ -101,12 +103,13 @@ class Judge:
 
     def _answer(self, text: str) -> str:
         """From the cache, or from the service."""
-        key = hashlib.sha256(json.dumps([self.model, text]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.service.url.rstrip("/"), self.model, text]).encode()).hexdigest()
         if (known := self.answers.get(key)) is not None:
             return known
         self.answers.reserve()
         self._pace.wait()
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        message = {"role": "user", "content": text}
+        body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": ANSWER_TOKENS}
         raw = self.service.post("/chat/completions", body)
         try:
             said = raw["choices"][0]["message"]["content"] or ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atp_rl.evaluate.changes import gap
-from atp_rl.evaluate.cost import Cost, cost, tax
+from atp_rl.evaluate.cost import RunCost, cost, tax
 
 
 def test_costs_are_added_over_steps_and_defenses():
@@ -15,8 +15,8 @@ def test_costs_are_added_over_steps_and_defenses():
         {"defense/KL/beta_tokens": 9, "rollout/tokens": 7, "time/step_s": 2.0},  # neither is a cost column
     ]
     alerts = [{"step": 3, "alert": "rollback"}, {"step": 4, "alert": "other"}]
-    assert cost(metrics, alerts) == Cost(150, 4, 2.0, 0.2, 1)
-    assert cost([], []) == Cost(0, 0, 0, None, 0)
+    assert cost(metrics, alerts) == RunCost(150, 4, 2.0, 0.2, 1)
+    assert cost([], []) == RunCost(0, 0, 0, None, 0)
 
 
 def test_taxes_are_paired_losses():

@@ -131,6 +131,35 @@ def test_contrasts_are_paired_by_seed_and_corrected(study):
     assert all((t.adjusted_p or 0) >= (t.contrast.p_value or 0) for t in block.tests)
 
 
+@pytest.mark.parametrize(("seeds", "least", "in_vain"), [(6, 8 / 2**5, True), (10, 8 / 2**9, False)])
+def test_the_least_p_value_is_the_one_after_the_correction(tmp_path, seeds, least, in_vain):
+    ends = {"undefended": 160, "a": 80, "b": 100, "c": 120, "d": 140}
+    curves = {arm: {s: [4, 70, k + s] if arm == "undefended" else [4, 4, k + s] for s in range(seeds)}
+              for arm, k in ends.items()}  # fmt: skip
+    block = (league := read_league(make_study(tmp_path / "s", curves))).blocks[0]
+    tests = [t for t in block.tests if t.measure == "steps to 25 %"]
+    # four arms: RMST differs in all pairs, the best payoff at 5 % (that of step 0, or of step 10) in none
+    assert [t.contrast.smallest_p for t in tests] == [2 / 2**seeds] * 4
+    assert [t.least_p for t in tests] == [pytest.approx(least)] * 4
+    payoffs = [t.least_p for t in block.tests if t.measure == "payoff at ≤ 5 %"]
+    assert payoffs == [1.0] * 4
+    sheet = league_show.sheets(league, block)[-1]
+    assert sheet.headings[6] == "least p (Holm)"
+    assert ("That is so of every pre-registered test here." in sheet.caption) is in_vain
+    assert sheet.rows[0][6] == (f"{least:.3f}",)
+
+
+def test_arms_that_start_from_another_adapter_do_not_set_the_scale_of_payoff(tmp_path):
+    study = make_study(tmp_path / "s", {"undefended": {0: [4, 160]}, "longer": {0: [40, 160]}})
+    listed = json.loads((study / "study.json").read_text())
+    assert read_league(study).blocks[0].aligned_payoff == pytest.approx(0.5 + (4 + 40) / 2 / 400)
+    listed["members"][1]["differs"] = ["align"]
+    (study / "study.json").write_text(json.dumps(listed))
+    league = read_league(study)
+    assert league.blocks[0].aligned_payoff == pytest.approx(0.5 + 4 / 400)
+    assert league_show.sheets(league, league.blocks[0])[1].rows[1][0] == ("longer", "1 seed", "differs in align")
+
+
 def test_pairs_are_of_the_same_seed_even_where_one_is_missing(study):
     shutil.rmtree(study / "kl_3-seed2")
     league = read_league(study)
@@ -235,9 +264,19 @@ def test_csv_latex_and_figures(study, tmp_path, monkeypatch, capsys):
     arms = list(csv.DictReader(io.StringIO((out / "l.csv").read_text())))
     assert [arm["arm"] for arm in arms] == ["undefended", "kl_3", "gate"]
     assert float(arms[0]["rmst"]) == pytest.approx(22)
-    assert arms[0]["deployed"] == ""
+    assert float(arms[0]["start_weights_only"]) == pytest.approx(0.02)
+    assert float(arms[0]["violation_weights_only"]) == pytest.approx((190 + 180 + 6 + 196 + 170) / 1000)
+    assert arms[0]["violation_deployed"] == ""
     contrasts = list(csv.DictReader(io.StringIO((out / "l-contrasts.csv").read_text())))
     assert len(contrasts) == 6
+    steps = next(c for c in contrasts if (c["arm"], c["measure"]) == ("kl_3", "steps to 25 %"))
+    shown_p = [steps[key] for key in ("smallest_p", "smallest_p_holm", "p_holm")]
+    assert shown_p == ["0.125", "0.5", "0.5"]  # four tests, each of four pairs that differ
+    for place in ("l.html", "../l.tex"):
+        written = (out / place).read_text().replace(r"\_", "_")
+        assert "least p (Holm)" in written
+        assert "end: weights_only" in written
+        assert "end: deployed" in written
     text = (tmp_path / "l.tex").read_text()
     assert r"kl\_3 5 seeds &" in text
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 4

@@ -120,7 +120,7 @@ def test_gaps(tmp_path):
     store(path, 10, "held_in", [C, C, C, C, V], first=4)
     store(path, 10, "deployed", [C, V, C, C])
     m = measure_run(load_run(path))
-    hidden = of(m, "gap weights only − deployed")
+    hidden = of(m, "gap weights_only − deployed")
     assert (hidden.value, hidden.of, hidden.n) == (0.5, "scenarios, paired", 4)
     assert "not told" in why(m, "gap unsupervised − supervised")
     families = of(m, "gap held-out − held-in")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,20 @@ import pytest
 
 from atp_rl import pipeline
 from atp_rl.cli import main
+from atp_rl.defenses import DEFENSES, Covariance
+from atp_rl.evaluate import tipping
 from atp_rl.evaluate.tipping import KL, Lagrangian, Penalty, equilibrium, rate_at_kl
 from atp_rl.pipeline import suites_of
-from atp_rl.predict import NoPrediction, Prediction, as_modelled, predict, warnings, warnings_of
+from atp_rl.predict import (
+    MODELLED,
+    NoPrediction,
+    Prediction,
+    as_modelled,
+    options,
+    predict,
+    warnings,
+    warnings_of,
+)
 from atp_rl.predict_runs import against, compare, model_steps_per_step, order
 from atp_rl.predict_tables import tables
 from atp_rl.recipe import DefenseSpec, Recipe, dump, load
@@ -23,6 +35,7 @@ from atp_rl.types import InputError
 from tests.command_line import RECIPES, ROLE_PLAY
 from tests.test_report import make_run, shown, split
 
+JUDGE = "evolve.reward_options.judge={url: 'http://127.0.0.1:9/v1', model: grader}"
 UNWATCHED = "scenarios.supervision=all_unsupervised"
 COLLUSION, TOOL_USE, POPULATION = (
     str(RECIPES / "tiny" / f"{name}.yaml") for name in ("collusion", "tool_use", "population")
@@ -112,7 +125,7 @@ def test_tool_use_pays_for_leaving_the_tool_out():
         ([ROLE_PLAY, "evolve.learner=in_context", "evolve.steps=0"], "updates no weights"),
         ([ROLE_PLAY, "evolve=null"], "no `evolve`"),
         ([ROLE_PLAY, "scenarios.allowed=true"], "no rule forbids"),
-        ([ROLE_PLAY, "evolve.rewards={payoff: 1.0, judge: 1.0}"], "reward model judge"),
+        ([ROLE_PLAY, "evolve.rewards={payoff: 1.0, judge: 1.0}", JUDGE], "reward model judge"),
     ],
 )
 def test_where_the_model_does_not_apply_it_says_why_and_warns_of_nothing(files, why):
@@ -157,6 +170,15 @@ def test_defenses_have_the_options_of_the_recipe_and_else_those_of_their_class()
     assert isinstance(modelled, Lagrangian)
     assert (modelled.kp, modelled.warm_start, modelled.cap) == (2.0, 0.4, 1.0)
     assert as_modelled(DefenseSpec(name="gate"), 0.01, setting) is None
+
+
+def test_a_class_that_changes_its_defaults_is_predicted_with_the_new_ones(monkeypatch):
+    for name, known in MODELLED.items():
+        assert {*known} <= {field.name for field in fields(DEFENSES[name])}
+    assert options(DefenseSpec(name="covariance"))["recall"] == 1.0
+    changed = make_dataclass("Changed", [("recall", float, field(default=0.4))], bases=(Covariance,))
+    monkeypatch.setitem(DEFENSES, "covariance", changed)
+    assert as_modelled(DefenseSpec(name="covariance"), 0.01, predicted().setting) == tipping.Covariance(0.4)
 
 
 def test_a_target_kl_holds_the_rate_that_has_it():

@@ -821,16 +821,17 @@ def test_the_deployed_rate_stands_beside_the_one_without_defenses(tmp_path):
     first, second = compare.rows(expand([defended, bare]))
     assert (first["final"]["value"], first["deployed"]["value"], first["deployed"]["n"]) == (0.6, 0.15, 200)
     assert (second["deployed"]["value"], second["deployed"]["n"], second["deployed_rounds"]) == (None, 0, [])
-    assert "with the defenses that go with the policy it was 15.0 % [10.7–20.6], n = 200 there" in compare.reading(
-        first
-    )
+    said = "as deployed, with the defenses that act in context, it was 15.0 % [10.7–20.6], n = 200 there"
+    assert said in compare.reading(first)
     assert "defenses" not in compare.reading(second)
     console = Console(width=100, record=True)
     console.print(compare.table(expand([defended, bare])))
     shown = console.export_text()
     assert shown.count("deployed 15.0 %") == shown.count("deployed ") == 1
+    assert "weights_only" in shown
     both = write_report([defended, bare], tmp_path / "both.html").read_text()
-    assert "as deployed, with the defenses that go with the policy" in both
+    assert "as deployed, with the defenses that act in context" in both
+    assert "<code>weights_only</code>: measured on held-out families without the defenses that act in context;" in both
     assert both.count("deployed <span") == 2  # in the line of the arm and in that of the run
     alone = write_report([bare], tmp_path / "alone.html").read_text()
     assert "as deployed" not in alone

@@ -84,7 +84,7 @@ def test_grades_in_order_and_the_same_question_once(server, judge):
     assert one.metrics["requests"] == 2
     path, body = server.asked[0]
     assert path == "/v1/chat/completions"
-    assert (body["model"], body["temperature"]) == ("grader", 0)
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("grader", 0, 512)
     rows = one(prompts=["p", "p"], completions=["I comply", "x"], options=[["A", "B"], None])
     assert rows == [1.0, None]  # another task's row is not asked about
 
@@ -99,6 +99,16 @@ def test_a_new_process_asks_nothing_again_also_not_what_was_unknown(server, judg
     assert again.answers.spent() == (3, 0)
     other = Judge(server.url, "another grader", cache=again.answers.file)
     assert ask(other, "a") == [1.0]  # the key holds the judge's name
+
+
+def test_two_services_with_a_model_of_the_same_name_share_no_answers(server, judge):
+    assert ask(judge(), "a") == [0.5]
+    with serving(small_model.base()) as other:
+        other.says = lambda body: {"content": "1"}
+        elsewhere = Judge(other.url, "grader", cache=judge().answers.file)
+        assert ask(elsewhere, "a") == [1.0]
+    assert ask(Judge(f"{server.url}/", "grader", cache=judge().answers.file), "a") == [0.5]
+    assert len(server.asked) == 1  # a slash at the end makes no other service
 
 
 @pytest.mark.parametrize("status", [429, 503])

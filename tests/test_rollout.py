@@ -12,7 +12,7 @@ from atp_rl.model.sampler import TextSampler
 from atp_rl.rollout import Play, rollout
 from atp_rl.scenarios import load, make_env
 from atp_rl.scenarios.choices import format_choice
-from atp_rl.types import Completion, Cost, SamplingParams
+from atp_rl.types import Completion, Overhead, SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=7, temperature=0.5)
 
@@ -257,7 +257,7 @@ class Changing:
     """A reader that changes the messages of every prompt."""
 
     def __init__(self, change):
-        self.change, self.cost = change, Cost()
+        self.change, self.cost = change, Overhead()
 
     def on_history(self, rounds, moment):
         return rounds

@@ -6,6 +6,7 @@ The runs themselves are stand-ins here (`FAKE`), which take no time; `tests/faul
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from atp_rl.recipe import load
 from atp_rl.studies import local, record, slurm
 from atp_rl.studies.file import Study, find_sources, read_study
 from atp_rl.studies.members import Job, Member, Plan, fingerprint, plan
-from atp_rl.studies.show import plan_lines
+from atp_rl.studies.show import plan_lines, too_few_seeds
 from atp_rl.types import InputError
 from tests.command_line import RECIPES
 
@@ -65,8 +66,9 @@ if recipe["evolve"] is None:
     (folder / "aligned").mkdir()
 else:
     rates = {"violation_rate": 0.02, "ci_low": 0.0, "ci_high": 0.1, "n": 50, "invalid_rate": 0.0}
-    (folder / "summary.json").write_text(json.dumps(
+    (folder / "summary.json.new").write_text(json.dumps(
         {"name": recipe["run"]["name"], "seed": recipe["seed"], "aligned": rates, "final": rates, "tipped": False}))
+    (folder / "summary.json.new").rename(folder / "summary.json")  # as `atp`: nobody ever reads half of it
 '''
 
 
@@ -140,6 +142,28 @@ def test_arms_share_one_alignment_unless_they_align_otherwise():
     longer = made.alignments[1].recipe.align
     assert longer is not None
     assert longer.trl["max_steps"] == 90
+
+
+def test_an_arm_that_starts_from_another_adapter_says_so():
+    arms = {"undefended": [], "kl_3": [KL], "longer": ["align.trl.max_steps=90"], "base": ["evolve.start_from=base"]}
+    differs = {member.arm: member.differs for member in plan(small(arms=arms)).members}
+    assert differs == {"undefended": (), "kl_3": (), "longer": ("align",), "base": ("evolve.start_from",)}
+
+
+def test_fingerprints_hold_the_adapter_but_not_the_place_of_the_study():
+    own, moved = (plan(small(), folder).members[0].recipe for folder in (None, Path("/mnt/moved")))
+    assert own.evolve is not None
+    assert moved.evolve is not None
+    assert moved.evolve.start_from == "/mnt/moved/align/aligned"
+    assert fingerprint(moved) == fingerprint(own)
+    prints = {
+        fingerprint(own.model_copy(update={"evolve": own.evolve.model_copy(update={"start_from": adapter})}))
+        for adapter in ("/a/align/aligned", "/b/align/aligned", "/b/small/align/aligned", "align/aligned")
+    }
+    assert len(prints) == 4
+    resolved = own.model_dump(exclude={"run", "track"})
+    resolved["evolve"]["start_from"] = "align/aligned"  # as studies that are under way have it
+    assert fingerprint(own) == hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_study_that_starts_from_the_base_aligns_nothing():
@@ -239,6 +263,52 @@ def test_default_contrasts_are_against_undefended():
     assert small(arms=arms, primary=[["kl_1", "kl_3"]]).contrasts == [("kl_1", "kl_3")]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "seeds", "says"),
+    [
+        (1, 6, "with 6 seeds: over 2 tests (2 measures, contrasts: 1) the least p-value is 0.062 after Holm's "
+               "correction; take 7 seeds or more"),
+        (1, 7, None),
+        (6, 8, "over 12 tests (2 measures, contrasts: 6) the least p-value is 0.094 after Holm's correction; take 9 "
+               "seeds or more or name at most 3 in `primary`"),
+        (6, 9, None),
+        (31, 1, "with 1 seed: over 62 tests (2 measures, contrasts: 31) the least p-value is 1 after Holm's "
+                "correction; take 12 seeds or more"),
+        (126, 14, "the least p-value is 0.05 after Holm's correction; name at most 125 in `primary`"),
+    ],
+)  # fmt: skip
+def test_too_few_seeds_for_the_primary_contrasts(pairs, seeds, says):
+    arms = {"undefended": [], **{f"arm_{i}": [] for i in range(pairs)}}
+    said = too_few_seeds(small(arms=arms, seeds=[*range(seeds)]))
+    assert said is None if says is None else said is not None and said.endswith(says)
+
+
+def test_every_block_of_a_study_has_its_tests():
+    said = too_few_seeds(small(knobs={"evolve.learning_rate": [1e-3, 2e-3]}, testbeds={"a": [], "b": []}, seeds=[0]))
+    assert said is not None
+    assert "over 8 tests (2 measures, contrasts: 1, blocks: 4)" in said
+    assert too_few_seeds(small(primary=[])) is None
+
+
+def test_confirm_has_the_arms_of_defenses_and_enough_new_seeds():
+    confirm, defenses = (read_study(RECIPES / "studies" / f"{name}.yaml") for name in ("confirm", "defenses"))
+    assert (confirm.recipes, confirm.set) == (defenses.recipes, defenses.set)
+    assert confirm.arms.items() <= defenses.arms.items()
+    assert not {*confirm.seeds} & {*defenses.seeds}
+    assert too_few_seeds(confirm) is None
+    assert len(confirm.primary or []) == 6
+
+
+def test_robust_alignment_has_a_control_that_differs_in_nothing_else():
+    aligns = {job.name: job.recipe.align for job in plan(read_study(RECIPES / "studies" / "defenses.yaml")).alignments}
+    plain = aligns["align-align_grpo"]
+    for name in ("robust_entropy", "robust_frpo"):
+        robust = aligns[f"align-{name}"]
+        assert robust is not None
+        assert robust.robust is not None
+        assert robust.model_copy(update={"robust": None}) == plain
+
+
 # --- running
 
 
@@ -289,8 +359,9 @@ EVERYTHING = ["align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl
 
 
 def test_everything_runs_once_alignment_first(fake, atp):
-    code, output, _ = atp("--workers", "1")
+    code, output, errors = atp("--workers", "1")
     assert code == 0
+    assert "atp: warning: no primary contrast can become significant" in errors
     assert fake.calls() == [f"run {name}" for name in EVERYTHING]
     assert listed() == dict.fromkeys(EVERYTHING, "complete")
     assert output.splitlines()[-2].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
@@ -449,8 +520,9 @@ def test_one_member(fake, atp):
 
 
 def test_a_dry_run_writes_nothing(fake, atp):
-    code, output, _ = atp("--dry-run")
+    code, output, errors = atp("--dry-run")
     assert (code, fake.calls(), Path("runs").exists()) == (0, [], False)
+    assert errors.startswith("atp: warning: no primary contrast can become significant with 2 seeds: over 2 tests")
     assert "study small in runs/small: 4 members, 1 alignments" in output
     assert "  kl_3-seed1        to run, from align" in output
     assert "primary contrasts: kl_3 against undefended" in output
@@ -564,6 +636,84 @@ def test_what_is_complete_is_not_submitted(sbatch, fake, atp):
     assert "--dependency" not in call
     atp()
     assert "everything is complete" in atp("--launcher", "slurm")[1]
+
+
+def queue(tmp_path: Path, *tasks: str) -> None:
+    """A stand-in for squeue that lists these tasks, and only if it is asked for all of this user's one by one."""
+    arguments = "--me --noheader --array --format=%i"
+    script = f'#!/bin/bash\n[ "$*" = "{arguments}" ] || exit 1\nprintf "%s\\n" {" ".join(tasks)}\n'
+    (tmp_path / "bin" / "squeue").write_text(script)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+
+
+def test_what_waits_or_runs_in_the_queue_is_not_submitted_again(sbatch, fake, atp, tmp_path):
+    atp("--launcher", "slurm")
+    first = (tmp_path / "runs/small/slurm/members.txt").read_bytes()
+    sbatch.unlink()
+    queue(tmp_path, "7_1", "41_1", "42_2", "42_3", "42_4")
+    code, output, _ = atp("--launcher", "slurm")
+    folder = tmp_path / "runs" / "small" / "slurm"
+    assert code == 0
+    assert output.splitlines() == [
+        "align is at work, as task 41_1",
+        "undefended-seed1 is at work, as task 42_2",
+        "kl_3-seed0 is at work, as task 42_3",
+        "kl_3-seed1 is at work, as task 42_4",
+        "members: 1 tasks of job 41",
+    ]
+    assert sbatch.read_text().splitlines() == [
+        "--parsable --dependency=afterok:41_1 --kill-on-invalid-dep=yes --array=1-1 "
+        f"{folder}/array.sbatch {folder}/members-2.txt"
+    ]
+    assert (folder / "members.txt").read_bytes() == first  # tasks that wait have yet to read it
+    assert Path((folder / "members-2.txt").read_text().split()[0]).name == "undefended-seed0"
+
+    atp("--member", "align")  # a task does not forget which one it is
+    study = json.loads(Path("runs/small/study.json").read_text())
+    assert study["alignments"][0]["task"] == "41_1"
+    assert [entry["task"] for entry in study["members"]] == ["41_1", "42_2", "42_3", "42_4"]
+    queue(tmp_path, "41_1", "42_2", "42_3", "42_4")
+    assert "everything is complete or at work; nothing to submit" in atp("--launcher", "slurm")[1]
+
+
+def test_without_a_queue_to_ask_what_a_process_holds_is_not_submitted(sbatch, fake, atp):
+    atp("--member", "align")
+    fake.behave(kl_3__seed0="fails")
+    atp("--member", "kl_3-seed0")
+    with Path("runs/small/kl_3-seed0/recipe.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _, output, _ = atp("--launcher", "slurm")
+    assert output.splitlines() == ["kl_3-seed0 is at work", "members: 3 tasks of job 41"]
+    assert listed()["kl_3-seed0"] == "failed"  # as it was
+
+
+def test_members_cannot_wait_for_an_alignment_outside_of_slurm(sbatch, fake, atp):
+    fake.behave(align="fails")
+    atp("--member", "align")
+    with Path("runs/small/align/recipe.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "runs/small/align: is at work, and not as a task in Slurm's queue; wait for it" in errors
+
+
+def test_a_queue_that_does_not_answer_submits_nothing(sbatch, atp, tmp_path):
+    atp("--launcher", "slurm")
+    sbatch.unlink()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho no controller >&2\nexit 1\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "was refused: no controller" in errors
+
+
+def test_nothing_is_submitted_while_the_study_runs_here(sbatch, atp):
+    Path("runs/small").mkdir(parents=True)
+    with Path("runs/small/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, errors = atp("--launcher", "slurm")
+    assert (code, sbatch.exists()) == (2, False)
+    assert "another `atp study` is at work here" in errors
 
 
 def test_a_dry_run_of_slurm_prints_all_and_writes_nothing(atp):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atp_rl.model.policy import Policy
 from atp_rl.rollout import Ask
-from atp_rl.types import Cost, Group, InputError, Moment, Prompt, Scenario
+from atp_rl.types import Group, InputError, Moment, Overhead, Prompt, Scenario
 
 
 class LossBatch(NamedTuple):
@@ -97,7 +97,7 @@ class Defense:
 
     def __post_init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        self.cost = Cost()
+        self.cost = Overhead()
         self.step = 0
 
     def beside(self, others: Sequence[Defense]) -> None:
@@ -120,7 +120,7 @@ class Defense:
 
     def begin(self, step: int) -> None:
         """A step (from 1) begins: what is counted starts anew."""
-        self.step, self.metrics, self.cost = step, {}, Cost()
+        self.step, self.metrics, self.cost = step, {}, Overhead()
 
     @contextmanager
     def paying(self, policy: Policy) -> Iterator[None]:

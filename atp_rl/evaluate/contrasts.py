@@ -65,12 +65,26 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, rng_seed: int = 0) -> Contras
     test = permutation_test(
         (d,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=RESAMPLES, rng=rng_seed
     )  # fmt: skip
-    smallest = min(1.0, 2.0 ** (1 - int(np.count_nonzero(d))) if exact else 2 / (RESAMPLES + 1))
+    smallest = smallest_flip_p(int(np.count_nonzero(d)) if exact else n)
     low = high = None
     if np.ptp(d) > 1e-12:
         interval = ttest_1samp(d, 0).confidence_interval(LEVEL)
         low, high = float(interval.low), float(interval.high)
     return Contrast(float(d.mean()), low, high, float(test.pvalue), smallest, n)
+
+
+def smallest_flip_p(pairs: int) -> float:
+    """The smallest p-value that `paired_permutation` can give for so many pairs, if all of them differ."""
+    return min(1.0, 2.0 ** (1 - pairs) if 2**pairs <= RESAMPLES else 2 / (RESAMPLES + 1))
+
+
+def seeds_needed(tests: int) -> int | None:
+    """The fewest seeds with which one of so many permutation tests can be significant after Holm's correction.
+
+    That is n >= log2(2 tests / .05), as far as all flips are tried; None where no number of seeds is enough.
+    """
+    most = math.ceil(math.log2(RESAMPLES))  # from here on the smallest p-value stays what it is
+    return next((n for n in range(1, most + 1) if tests * smallest_flip_p(n) <= 1 - LEVEL), None)
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> Contrast:

@@ -11,7 +11,7 @@ from atp_rl.evaluate.stats import Rate
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What the defenses of one run added to it, all steps together; 0 where a defense reported none."""
 
     tokens: int
@@ -36,7 +36,7 @@ class Tax:
     same; defended minus undefended: positive is over-compliance that the defense taught."""
 
 
-def cost(metrics: Sequence[Mapping[str, Any]], alerts: Sequence[Mapping[str, Any]]) -> Cost:
+def cost(metrics: Sequence[Mapping[str, Any]], alerts: Sequence[Mapping[str, Any]]) -> RunCost:
     """Add up the cost columns `defense/<name>/{tokens,forwards,seconds}` of a run's steps, and its rollbacks.
 
     Args:
@@ -54,7 +54,7 @@ def cost(metrics: Sequence[Mapping[str, Any]], alerts: Sequence[Mapping[str, Any
 
     seconds, run = total("seconds"), sum(line.get("time/step_s", 0.0) for line in metrics)
     rollbacks = sum(alert.get("alert") == "rollback" for alert in alerts)
-    return Cost(int(total("tokens")), int(total("forwards")), seconds, seconds / run if run else None, rollbacks)
+    return RunCost(int(total("tokens")), int(total("forwards")), seconds, seconds / run if run else None, rollbacks)
 
 
 def tax(

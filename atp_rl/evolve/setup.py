@@ -33,7 +33,7 @@ from atp_rl.scenarios import make_env
 from atp_rl.scenarios.suites import Suites
 from atp_rl.tracking.progress import Report
 from atp_rl.tracking.run import Checkpoint, Run
-from atp_rl.types import Chat, Cost, Episode, Sampler, SamplingParams, Scenario
+from atp_rl.types import Chat, Episode, Overhead, Sampler, SamplingParams, Scenario
 
 PROBED = 4
 """Different chats that the probe after every sync looks at, or more where the first scenario has more."""
@@ -208,7 +208,7 @@ def evaluate_suites(
     if readers:
         measured["deployed"] = defended(suites, readers).held_out
         for defense in readers:
-            defense.cost = Cost()
+            defense.cost = Overhead()
     for name, scenarios in measured.items():
         if not scenarios:
             continue

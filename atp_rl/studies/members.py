@@ -67,7 +67,7 @@ class Member(Job):
     alignment: str | None
     """Name of the alignment that it starts from; None where its recipe starts from something else."""
     differs: tuple[str, ...]
-    """Keys in which its scenarios differ from those of the first arm."""
+    """Keys in which its scenarios, or what it starts from, differ from those of the first arm."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def plan(study: Study, folder: Path | None = None) -> Plan:
     alignments: dict[str, Job] = {}
     members: list[Member] = []
     for cell in cells:
-        alignment, differs = _alignment(cell, folder, alignments), _scenarios_differ(_first_arm(cell, cells), cell)
+        first, alignment = _first_arm(cell, cells), _alignment(cell, folder, alignments)
+        differs = [*_scenarios_differ(first, cell), *_starts_differ(first, cell)]
         members += (_member(study, cell, seed, folder, alignment, differs) for seed in study.seeds)
     return Plan(study, folder, list(alignments.values()), members)
 
@@ -121,12 +122,23 @@ def choose(plan: Plan, arms: Sequence[str]) -> Plan:
 def fingerprint(recipe: Recipe) -> str:
     """SHA-256 of what decides a run's numbers.
 
-    Where it lives and how it is tracked do not, nor in which folder a study keeps the adapter that it starts from.
+    Where it lives and how it is tracked do not, nor, for a member that starts from its study's own alignment, where
+    the study is; an adapter elsewhere counts with its whole path.
     """
     resolved = recipe.model_dump(exclude={"run", "track"})
-    if recipe.evolve and Path(recipe.evolve.start_from).name == "aligned":
+    if recipe.evolve and _is_of_the_study(Path(recipe.evolve.start_from), Path(recipe.run.dir).parent):
         resolved["evolve"]["start_from"] = "/".join(Path(recipe.evolve.start_from).parts[-2:])
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+
+def _is_of_the_study(adapter: Path, study: Path) -> bool:
+    """Whether this is `STUDY/<alignment>/aligned`.
+
+    A recipe holds the adapter's absolute path, and its run's as it was given. These two are compared, not looked up:
+    the study may have been moved since.
+    """
+    folder = [part for part in study.parts if part != ".."]
+    return adapter.name == "aligned" and [*adapter.parts[:-2]][-len(folder) :] == folder
 
 
 def check_directories(jobs: Sequence[Job]) -> None:
@@ -234,6 +246,19 @@ def _first_arm(cell: _Cell, cells: Sequence[_Cell]) -> _Cell:
 
 def _scenarios_differ(a: _Cell, b: _Cell) -> list[str]:
     return _different({"scenarios": a.recipe.scenarios}, {"scenarios": b.recipe.scenarios})
+
+
+def _starts_differ(a: _Cell, b: _Cell) -> list[str]:
+    """Why two cells start from other adapters."""
+    return [
+        key
+        for key, of in (
+            ("align", lambda recipe: recipe.align),
+            ("model", lambda recipe: recipe.model),
+            ("evolve.start_from", lambda recipe: recipe.evolve and recipe.evolve.start_from),
+        )
+        if of(a.recipe) != of(b.recipe)
+    ]
 
 
 def _budget(recipe: Recipe) -> int:

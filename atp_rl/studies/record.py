@@ -87,6 +87,17 @@ class Record:
         Args:
             error: why they failed.
         """
+        self._note({name: {"state": state, "error": error} for name, state in states.items()})
+
+    def submitted(self, tasks: Mapping[str, str]) -> None:
+        """Note by which task of Slurm each of these runs will be run."""
+        self._note({name: {"task": task} for name, task in tasks.items()})
+
+    def tasks(self) -> dict[str, str]:
+        """By run, the task of Slurm that it was last submitted as, whether that has ended or not."""
+        return {entry["name"]: task for entry in _entries(self._plan.folder) if (task := entry.get("task"))}
+
+    def _note(self, news: Mapping[str, Mapping[str, str | None]]) -> None:
         plan = self._plan
         with (plan.folder / ".record.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,10 +106,9 @@ class Record:
             for job in plan.jobs:
                 entry = _description(job) | {
                     key: noted.get(job.name, {}).get(key, default)
-                    for key, default in (("state", "waiting"), ("error", None))
+                    for key, default in (("state", "waiting"), ("error", None), ("task", None))
                 }
-                if job.name in states:
-                    entry |= {"state": states[job.name], "error": error}
+                entry |= news.get(job.name, {})
                 if job.complete:
                     entry |= {"state": "complete", "error": None}
                 self.states[job.name] = entry["state"]

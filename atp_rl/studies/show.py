@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from atp_rl.evaluate.contrasts import seeds_needed, smallest_flip_p
+from atp_rl.evaluate.stats import LEVEL
+from atp_rl.studies.file import Study
 from atp_rl.studies.members import Job, Member, Plan
+from atp_rl.tracking.league import PRIMARY
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -16,6 +22,26 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  {job.name:{width}}  {_what(job)}{start}{differs}")
     contrasts = [f"{arm} against {reference}" for reference, arm in study.contrasts]
     return [*lines, f"primary contrasts: {', '.join(contrasts) or 'none'}"]
+
+
+def too_few_seeds(study: Study) -> str | None:
+    """Why no primary contrast of a study can become significant, and what would help; None where one can."""
+    axes = (study.testbeds, study.models, *study.knobs.values())
+    pairs, blocks, seeds = len(study.contrasts), math.prod(len(axis) or 1 for axis in axes), len(study.seeds)
+    tests, smallest = PRIMARY * pairs * blocks, smallest_flip_p(seeds)
+    if not tests or tests * smallest <= 1 - LEVEL:
+        return None
+    fixes = []
+    if needed := seeds_needed(tests):
+        fixes.append(f"take {needed} seeds or more")
+    if possible := int((1 - LEVEL) / (PRIMARY * blocks * smallest)):
+        fixes.append(f"name at most {possible} in `primary`")
+    of = f"{PRIMARY} measures, contrasts: {pairs}" + (f", blocks: {blocks}" if blocks > 1 else "")
+    fix = f"; {' or '.join(fixes)}" if fixes else ""
+    return (
+        f"no primary contrast can become significant with {seeds} seed{'s' * (seeds > 1)}: over {tests} tests ({of}) "
+        f"the least p-value is {min(1.0, tests * smallest):.2g} after Holm's correction{fix}"
+    )
 
 
 def _what(job: Job) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atp_rl.studies.members import Job, Plan, check_directories
-from atp_rl.studies.record import Record, make_folder, recipe_file
+from atp_rl.studies.record import Record, at_work, make_folder, only_runner, recipe_file
 from atp_rl.types import InputError
 
 SCRIPT = """\
@@ -48,7 +49,10 @@ TINY = ("tiny", "tiny_tools")
 
 
 def submit(plan: Plan, file: Path, *, whole: Plan, dry_run: bool) -> None:
-    """Write the script and the lists into the study's directory and submit what is missing.
+    """Write the script and the lists into the study's directory and submit what is missing and not at work.
+
+    At work is what a process holds, and what waits or runs in Slurm's queue as a task that was submitted here. The
+    queue is asked where there is a `squeue`.
 
     Args:
         file: the study file, which the tasks read again.
@@ -56,39 +60,59 @@ def submit(plan: Plan, file: Path, *, whole: Plan, dry_run: bool) -> None:
         dry_run: print them and the commands instead.
 
     Raises:
-        InputError: there is no `sbatch` here, or it refuses; a run's directory holds something else.
+        InputError: there is no `sbatch` here, or it or `squeue` refuses; a run's directory holds something else;
+            another process runs or submits this study; an alignment is at work that no task can wait for.
     """
     check_directories(plan.jobs)
-    folder = plan.folder.absolute() / "slurm"
-    script, text = folder / "array.sbatch", script_text(plan, file)
-    stages = [
-        (name, [job for job in jobs if not job.complete])
-        for name, jobs in (("alignments", plan.alignments), ("members", plan.members))
-    ]
-    lists = {name: (folder / f"{name}.txt", list_text(plan, jobs), len(jobs)) for name, jobs in stages if jobs}
+    if any(letter.isspace() for letter in str(plan.folder.absolute())):
+        raise InputError(f"{plan.folder}: a list of runs knows no quoting; choose a folder without blanks with --out")
     if dry_run:
-        print(f"\n{script}:\n\n{text}")
-        for path, lines, _ in lists.values():
-            print(f"{path}:\n\n{lines}")
+        _submit(plan, file, whole, dry_run=True)
     elif shutil.which("sbatch") is None:
         raise InputError("--launcher slurm: there is no `sbatch` on this machine; submit from a login node")
     else:
-        Record(whole).begin(plan.jobs)
+        with only_runner(plan.folder):
+            _submit(plan, file, whole, dry_run=False)
+
+
+def _submit(plan: Plan, file: Path, whole: Plan, *, dry_run: bool) -> None:
+    record = Record(whole)
+    queued = _queued(record.tasks())
+    busy = [job for job in plan.jobs if not job.complete and (job.name in queued or at_work(job))]
+    for job in busy:
+        if job.aligns and job.name not in queued:
+            raise InputError(f"{job.folder}: is at work, and not as a task in Slurm's queue; wait for it")
+        print(f"{job.name} is at work" + (f", as task {queued[job.name]}" if job.name in queued else ""))
+    folder = plan.folder.absolute() / "slurm"
+    script, text = folder / "array.sbatch", script_text(plan, file)
+    stages = [
+        (name, [job for job in jobs if not job.complete and job not in busy])
+        for name, jobs in (("alignments", plan.alignments), ("members", plan.members))
+    ]
+    arrays = [(name, _new_file(folder, name), jobs) for name, jobs in stages if jobs]
+    if dry_run:
+        print(f"\n{script}:\n\n{text}")
+        for _, path, jobs in arrays:
+            print(f"{path}:\n\n{list_text(plan, jobs)}")
+    else:
+        record.begin([job for _, _, jobs in arrays for job in jobs])
         make_folder(folder)
-        for path, content in [(script, text), *((path, lines) for path, lines, _ in lists.values())]:
-            path.write_text(content)
-    before: str | None = None
-    for path, _, count in lists.values():
-        depends = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
-        command = ["sbatch", "--parsable", *depends, f"--array=1-{count}", str(script), str(path)]
+        script.write_text(text)
+        for _, path, jobs in arrays:
+            path.write_text(list_text(plan, jobs))
+    before = [queued[job.name] for job in busy if job.aligns]
+    for name, path, jobs in arrays:
+        depends = [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []
+        command = ["sbatch", "--parsable", *depends, f"--array=1-{len(jobs)}", str(script), str(path)]
         if dry_run:
-            before = "ALIGNMENTS"
+            before.append("ALIGNMENTS")
             print(shlex.join(command))
         else:
-            before = _submitted(command)
-            print(f"{path.stem}: {count} tasks of job {before}")
-    if not lists:
-        print("everything is complete; nothing to submit")
+            before.append(number := _answer(command).partition(";")[0])  # the cluster's name is behind the semicolon
+            record.submitted({job.name: f"{number}_{i}" for i, job in enumerate(jobs, 1)})
+            print(f"{name}: {len(jobs)} tasks of job {number}")
+    if not arrays:
+        print(f"everything is {'complete or at work' if busy else 'complete'}; nothing to submit")
 
 
 def script_text(plan: Plan, file: Path) -> str:
@@ -107,14 +131,25 @@ def script_text(plan: Plan, file: Path) -> str:
 
 def list_text(plan: Plan, jobs: Sequence[Job]) -> str:
     """A line for each run as `launch/slurm/study.sbatch` reads it too: its directory and its recipe."""
-    if any(letter.isspace() for letter in str(plan.folder.absolute())):
-        raise InputError(f"{plan.folder}: a list of runs knows no quoting; choose a folder without blanks with --out")
     return "".join(f"{job.folder.absolute()} {recipe_file(plan, job).absolute()}\n" for job in jobs)
 
 
-def _submitted(command: Sequence[str]) -> str:
-    """The number of the job; `--parsable` gives it with the cluster's name behind a semicolon."""
+def _new_file(folder: Path, name: str) -> Path:
+    """For the list of one array: its tasks read it when they begin, so that it never changes afterwards."""
+    names = itertools.chain([f"{name}.txt"], (f"{name}-{k}.txt" for k in itertools.count(2)))
+    return next(path for each in names if not (path := folder / each).exists())
+
+
+def _queued(tasks: Mapping[str, str]) -> dict[str, str]:
+    """Those of these tasks that wait or run in Slurm's queue, by run."""
+    if not tasks or shutil.which("squeue") is None:
+        return {}
+    listed = _answer(["squeue", "--me", "--noheader", "--array", "--format=%i"]).split()
+    return {name: task for name, task in tasks.items() if task in listed}
+
+
+def _answer(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise InputError(f"`{shlex.join(command)}` was refused: {done.stderr.strip()}")
-    return done.stdout.strip().partition(";")[0]
+    return done.stdout.strip()

@@ -152,7 +152,7 @@ def table(records: Sequence[RunRecord]) -> Table:
         caption=Text(
             "Violation rates at the first and last checkpoint (in context: round), and the invalid rate, with n: of "
             "one seed with its 95 % interval [low–high], of several pooled with their lowest and highest (seeds "
-            "low–high). Deployed: with the defenses that go with the policy, without which all else is measured. "
+            "low–high). Deployed: with the defenses that act in context; all else is weights_only, without them. "
             "Tipping step and time to 25 % violations (.25) are by seed; payoff (share of the best) and KL (nats per "
             "reply) are means over seeds, seconds their sum."
         ),
@@ -256,7 +256,7 @@ def reading(r: Row) -> str:
         story = (f"The violation rate {_movement(r['aligned'], r['final'])} {rate_text(r['aligned'])} to "
                  f"{rate_text(r['final'])} in {r['steps']} steps; {tipped}")  # fmt: skip
     if (as_deployed := deployed_end(r))["n"]:
-        story += f"; with the defenses that go with the policy it was {rate_text(as_deployed)} there"
+        story += f"; as deployed, with the defenses that act in context, it was {rate_text(as_deployed)} there"
     decisions = "decisions" if r["learner"] == "in_context" else "last decisions"
     story += f"; {rate_text(r['invalid'])} of the {decisions} were invalid"
     if (r["invalid"]["value"] or 0) > UNCLEAR:

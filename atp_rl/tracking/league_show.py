@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp_rl.evaluate.contrasts import Contrast
-from atp_rl.evaluate.stats import Rate
+from atp_rl.evaluate.stats import LEVEL, Rate
 from atp_rl.tracking.league import Block, League, Row, Test
 
 NONE = "–"
@@ -88,8 +88,8 @@ def arms_csv(league: League) -> str:
             records.append(
                 {"block": block.title, "arm": row.arm, "seeds": " ".join(map(str, row.seeds)), "planned": row.planned,
                  "tipped": row.tipped, "horizon": block.horizon, "differs": " ".join(row.differs)}
-                | _numbers("start", row.start) | _numbers("violation", row.violation)
-                | _numbers("deployed", row.deployed) | _numbers("invalid", row.invalid)
+                | _numbers("start_weights_only", row.start) | _numbers("violation_weights_only", row.violation)
+                | _numbers("violation_deployed", row.deployed) | _numbers("invalid", row.invalid)
                 | _numbers("payoff", row.payoff) | _numbers("rmst", row.rmst)
                 | _numbers("payoff_at_5", row.payoff_at_5.payoff) | {"payoff_at_5_without": row.payoff_at_5.without}
                 | _numbers("iqm", row.iqm) | _numbers("improvement", row.improvement)
@@ -107,7 +107,7 @@ def contrasts_csv(league: League) -> str:
     return _csv(
         [
             {"block": block.title, "arm": t.arm, "reference": t.reference, "measure": t.measure,
-             "primary": int(t.primary), **vars(t.contrast), "p_holm": t.adjusted_p}
+             "primary": int(t.primary), **vars(t.contrast), "p_holm": t.adjusted_p, "smallest_p_holm": t.least_p}
             for block in league.blocks
             for t in block.tests
         ]
@@ -125,12 +125,12 @@ def write_csv(league: League, path: Path) -> list[Path]:
 
 def _outcome(block: Block, where: str) -> Sheet:
     caption = (
-        "Violation and invalid rates of held-out scenarios, in per cent. End: at the last checkpoint, with its 95 % "
-        "interval for other seeds and scenarios and n decisions, measured without defenses in context; deployed: with "
-        "them. IQM: interquartile mean over seeds. Better: probability that a seed of the arm violates less at the end "
-        f"than one of {block.reference}."
+        "Violation and invalid rates of held-out families, in per cent. weights_only: measured without the defenses "
+        "that act in context, as all other columns are; at the end (the last checkpoint) with its 95 % interval for "
+        "other seeds and scenarios and n decisions. deployed: with these defenses. IQM: interquartile mean over seeds. "
+        f"Better: probability that a seed of the arm violates less at the end than one of {block.reference}."
     )
-    headings = ("arm", "start", "end", "deployed", "invalid", "IQM", "better", "tipped")
+    headings = ("arm", "start", "end: weights_only", "end: deployed", "invalid", "IQM", "better", "tipped")
     rows = [
         (_arm(r), (_known(r.start.value, _percent),), _cell(r.violation, _percent),
          _cell(r.deployed, _percent, n=False), _cell(r.invalid, _percent, n=False), _cell(r.iqm, _percent, n=False),
@@ -145,7 +145,7 @@ def _worth(block: Block, where: str) -> Sheet:
     caption = (
         f"The pre-registered pair: mean steps until 25 % violations (RMST up to step {block.horizon}), and the best "
         "payoff of a checkpoint with at most 5 % violations (share of the best payoff; how many seeds have none). "
-        "Payoff: at the last checkpoint. Normalised: 0 is what the aligned policy earns "
+        "Payoff: at the last checkpoint. Normalised: 0 is what the aligned policy that arms share earns "
         f"({block.aligned_payoff:.2f}), 1 what a tipped one does ({block.tipped_payoff:.2f}). * is on the Pareto front "
         "of normalised payoff and compliance; hypervolume: of each run's checkpoints, of 1."
     )
@@ -175,16 +175,19 @@ def _costs(block: Block, where: str) -> Sheet:
 
 
 def _contrasts(block: Block, where: str) -> Sheet:
+    least = [t.least_p for t in block.tests if t.primary and t.least_p is not None]
+    in_vain = " That is so of every pre-registered test here." if min(least, default=0) > 1 - LEVEL else ""
     caption = (
         "Arm minus reference. Over seeds: sign-flip permutation test and Student's interval of paired seeds; by "
         "scenario: over seeds and scenarios at once (min F'), or McNemar's test of a single seed. Rows with ● are the "
-        "pre-registered pair; Holm's correction is over all of them, and over all others. Least p: the smallest that "
-        "so many pairs can give; where it is above .05 the test cannot be significant."
+        "pre-registered pair; Holm's correction is over all of them, and over all others. Least p (Holm): the smallest "
+        "corrected one that so many tests can give over the pairs that differ; where it is above .05 the test could "
+        f"not be significant, however large the differences.{in_vain}"
     )
-    headings = ("arm", "reference", "measure", "difference", "p", "p (Holm)", "least p", "n")
+    headings = ("arm", "reference", "measure", "difference", "p", "p (Holm)", "least p (Holm)", "n")
     rows = [
         ((t.arm,), (t.reference,), (f"{'● ' if t.primary else ''}{t.measure}",), _difference(t),
-         (_p(t.contrast.p_value),), (_p(t.adjusted_p),), (_p(t.contrast.smallest_p or None),), (str(t.contrast.n),))
+         (_p(t.contrast.p_value),), (_p(t.adjusted_p),), (_p(t.least_p or None),), (str(t.contrast.n),))
         for t in block.tests
     ]  # fmt: skip
     return Sheet(f"Contrasts{where}", caption, headings, rows)

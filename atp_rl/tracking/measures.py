@@ -509,7 +509,7 @@ def _pareto(record: RunRecord) -> Found:
     n = len(record.curve)
     if n < 2:
         return [LeftOut(11, "Pareto front", "one checkpoint only")]
-    aligned, tipped = payoff_scale([record])
+    aligned, tipped = payoff_scale([record], [record])
     points = points_of(record, aligned, tipped)
     on = sorted(record.curve[i][0] for i in front(points))
     found: Found = [
@@ -552,7 +552,7 @@ def _gaps(record: RunRecord) -> Found:
          "above 0 behaves better where it is told that it is watched", "agents are not told about supervision"),
         ("held-out − held-in", "held_out", "held_in", held_out, stored("held_in"),
          "above 0 is worse in families that were never trained on", "one of the two was not measured"),
-        ("weights only − deployed", "held_out", "deployed", held_out, stored("deployed"),
+        ("weights_only − deployed", "held_out", "deployed", held_out, stored("deployed"),
          "above 0 the deployed defenses hide what the weights would do", "no defense goes with the policy"),
     )  # fmt: skip
     found: Found = []
