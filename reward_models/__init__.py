@@ -32,7 +32,7 @@ REWARD_MODELS: dict[str, RewardModel] = {"payoff": payoff, "compliance": complia
 MAKERS: dict[str, Callable[..., RewardModel]] = {"monitor": Monitor, "preference": Preference, "judge": Judge}
 """Name in a recipe -> what makes the function from options."""
 
-NAMES = sorted({*REWARD_MODELS, *MAKERS})
+NAMES = list(dict.fromkeys([*REWARD_MODELS, *MAKERS]))
 
 
 def make(names: Iterable[str], options: Mapping[str, Any], *, folder: Path) -> dict[str, RewardModel]:

@@ -334,7 +334,9 @@ def test_a_broken_rate_is_named(tipping):
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"{}\n" * 50)[:-10], gzip.compress(b'{"scenario": 1}\n')]
+    "content",
+    [b"no gzip", gzip.compress(b"{}\n" * 50)[:-10], gzip.compress(b'{"scenario": 1}\n')],
+    ids=["no gzip", "cut off", "no episodes"],  # the bytes of gzip hold the time
 )
 def test_broken_episodes_are_named(tipping, content):
     path = tipping / "episodes/step_0010_held_out.jsonl.gz"

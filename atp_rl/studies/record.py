@@ -27,6 +27,7 @@ def recipe_file(plan: Plan, job: Job) -> Path:
 
 def write_recipes(plan: Plan, jobs: Sequence[Job]) -> None:
     """What these runs are started from."""
+    make_folder(plan.folder)
     make_folder(plan.folder / "recipes")
     for job in jobs:
         write_atomically(recipe_file(plan, job), dump(job.recipe))
