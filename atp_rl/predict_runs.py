@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp_rl.evaluate import tipping
+from atp_rl.evaluate.tipping import Lagrangian, MergeBack
 from atp_rl.pipeline import suites_of
 from atp_rl.predict import LONGEST, NoPrediction, Prediction, aligned_rate, predict
 from atp_rl.predict_tables import rate_text
@@ -46,15 +48,30 @@ class Compared:
     scale: float | None
     """Model steps that one of the run's steps is worth."""
 
-    @property
-    def at_last_step(self) -> float | None:
-        """Predicted rate at the run's last step; None without a scale."""
+    @cached_property
+    def path(self) -> tipping.Floats | None:
+        """Predicted rates after 0, 1, ... steps of the run, in each of which a price or a merge acts once; None without
+        a scale."""
         if self.prediction is None or self.scale is None:
             return None
-        steps = min(LONGEST, round(self.scale * self.record.summary["steps"]))
-        defenses = [each for each in self.prediction.modelled if each is not None]
-        path = tipping.simulate(self.prediction.p0, steps=steps, defenses=defenses, **self.prediction.setting)
-        return float(path[-1])
+        updates = max(1, round(self.scale))
+        return tipping.simulate(
+            self.prediction.p0,
+            steps=min(LONGEST // updates, self.record.summary["steps"]),
+            defenses=[each for each in self.prediction.modelled if each is not None],
+            lr=tipping.LEARNING_RATE * self.scale / updates,
+            updates=updates,
+            **self.prediction.setting,
+        )
+
+    def time_to(self, threshold: float) -> float:
+        """Predicted time to 25 or 50 %: in steps of the run where there is a scale, else in model steps; may be inf."""
+        assert self.prediction is not None
+        if self.path is not None and any(isinstance(d, MergeBack | Lagrangian) for d in self.prediction.modelled):
+            above = np.flatnonzero(self.path >= threshold)
+            return float(above[0]) if above.size else math.inf
+        together = self.prediction.together
+        return {0.25: together.to_25, 0.5: together.to_50}[threshold] / (self.scale or 1.0)
 
     @property
     def verdict(self) -> str:
@@ -62,7 +79,7 @@ class Compared:
         if self.prediction is None:
             return f"no prediction: {self.reason}"
         final, crossing = self.record.summary["final"], self.record.summary["time_to"]["0.25"]
-        tips, predicted = crossing["step"] is not None, self.prediction.together.to_25
+        tips, predicted = crossing["step"] is not None, self.time_to(0.25)
         if not tips and (final["ci_high"] is None or final["ci_high"] >= TIPPED_ABOVE):
             return "unclear: the interval holds 25 %"
         if tips == math.isfinite(predicted):
@@ -71,7 +88,7 @@ class Compared:
             return "not as predicted: it tipped"
         if self.scale is None:
             return "open: predicted to tip, held so far"
-        late = predicted / self.scale > self.record.summary["steps"]
+        late = predicted > self.record.summary["steps"]
         return "as predicted: too short to tip" if late else "not as predicted: it held"
 
 
@@ -129,7 +146,7 @@ def order(grouped: Sequence[Sequence[Compared]]) -> tuple[int, int]:
         rates = [rate for run in arm if (rate := run.record.summary["final"]["violation_rate"]) is not None]
         if not predictions or not rates:
             continue
-        at_last = [rate for run in arm if (rate := run.at_last_step) is not None]
+        at_last = [float(run.path[-1]) for run in arm if run.path is not None]
         ends = [each.together.end or 0.0 for each in predictions]
         speeds = [1 / each.together.to_25 if each.together.to_25 else math.inf for each in predictions]
         keys.append((0.0, float(np.mean(at_last))) if at_last else (float(np.mean(speeds)), float(np.mean(ends))))
@@ -166,8 +183,8 @@ def _cells(run: Compared) -> list[str]:
     measured += [crossing_text(summary["time_to"][threshold]) for threshold in THRESHOLDS]  # pyright: ignore
     if prediction is None:
         return [str(summary["seed"]), *["–"] * 4, *measured, run.verdict]
-    end = prediction.together.end if run.scale is None else run.at_last_step
-    times = [_time(t, run.scale) for t in (prediction.together.to_25, prediction.together.to_50)]
+    end = prediction.together.end if run.path is None else float(run.path[-1])
+    times = [_time(run.time_to(float(threshold)), run.scale) for threshold in THRESHOLDS]
     return [str(summary["seed"]), rate_text(prediction.p0), rate_text(end), *times, *measured, run.verdict]
 
 
@@ -175,7 +192,7 @@ def _time(steps: float, scale: float | None) -> str:
     """A predicted time: in steps of the run where there is a scale, else in model steps, marked so."""
     if not math.isfinite(steps):
         return "never"
-    return f"{steps:,.0f} m" if scale is None else f"{steps / scale:,.0f}"
+    return f"{steps:,.0f} m" if scale is None else f"{steps:,.0f}"
 
 
 def _notes(grouped: Sequence[Sequence[Compared]], scale: float | None, scale_by: Path | None) -> list[str]:

@@ -467,7 +467,7 @@ def test_each_run_is_predicted_from_its_own_recipe_and_start(study):
     assert found.prediction.p0 == pytest.approx(0.05)
     setting = found.prediction.setting
     assert found.prediction.together.end == pytest.approx(equilibrium(0.05, defenses=[KL(3.0)], **setting))
-    assert found.at_last_step is None
+    assert found.path is None
 
 
 def test_a_scale_turns_model_steps_into_the_runs(study):
@@ -475,15 +475,29 @@ def test_a_scale_turns_model_steps_into_the_runs(study):
     undefended, weak = (compare(load_run(study[i]), scale) for i in (0, 3))
     assert undefended.prediction is not None
     assert undefended.prediction.together.to_25 / scale == pytest.approx(20)
-    assert undefended.at_last_step is not None
-    assert undefended.at_last_step > 0.5
+    assert undefended.path is not None
+    assert undefended.path.shape == (41,)
+    assert undefended.path[-1] > 0.5
     assert weak.verdict == "not as predicted: it held"  # by then it should have tipped
     text = " ".join(shown(*against(study, study[0])).split())
     assert "that run's own time is no evidence" in text
     to_50 = undefended.prediction.together.to_50 / scale
-    assert f"undefended 0 5.0% {undefended.at_last_step:.1%} 20 {to_50:.0f} 95.0%" in text
+    assert f"undefended 0 5.0% {undefended.path[-1]:.1%} 20 {to_50:.0f} 95.0%" in text
     # the run that gave the scale could not have failed, so it is not counted
     assert "threshold: 2 of 3 runs passed 25 %, or did not, as predicted; 0 are open or unclear" in text
+
+
+def test_a_price_is_set_once_in_a_step_of_the_run(study, tmp_path):
+    # from 5 % on: the integral alone is quick enough at every model step, and too slow if a step is many of them
+    late = "[{name: lagrangian, kp: 0.0, ki: 0.05}]"
+    found = run(tmp_path / "late", name="late", defenses=late, curve={0: 10, 40: 80}, time_to_25=20, tipping_step=20)
+    record = load_run(found)
+    assert compare(record).verdict == "not as predicted: it tipped"
+    scaled = compare(record, model_steps_per_step(study[0]))
+    assert scaled.verdict == "as predicted"
+    assert scaled.path is not None
+    assert scaled.time_to(0.25) == np.flatnonzero(scaled.path >= 0.25)[0] < 40
+    assert scaled.time_to(0.25) <= scaled.time_to(0.5)
 
 
 def test_a_run_too_short_to_tip_is_as_predicted(study, tmp_path):

@@ -364,6 +364,9 @@ def test_dpo_replay_is_bistable():
 
 def test_merging_back_keeps_nothing_or_everything():
     free = simulate(0.01, steps=200, **NORMALISED)
+    assert simulate(0.01, steps=40, updates=5, **NORMALISED) == pytest.approx(free[::5])
+    rare = simulate(0.01, steps=40, updates=5, defenses=[MergeBack(10, 0.5)], **NORMALISED)
+    assert rare == pytest.approx(simulate(0.01, steps=200, defenses=[MergeBack(50, 0.5)], **NORMALISED)[::5])
     assert simulate(0.01, steps=200, defenses=[MergeBack(50, 1.0)], **NORMALISED) == pytest.approx(free)
     assert simulate(0.01, steps=200, defenses=[MergeBack(50, 0.0)], **NORMALISED)[200] == pytest.approx(0.01)
 

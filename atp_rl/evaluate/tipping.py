@@ -424,11 +424,13 @@ def simulate(
     steps: int,
     defenses: Sequence[Static | MergeBack | Lagrangian] = (),
     lr: float = LEARNING_RATE,
+    updates: int = 1,
     **setting: Unpack[Setting],
 ) -> Floats:
-    """p after 0, 1, ... `steps` updates theta += lr x drift under any combination of defenses [steps + 1].
+    """p after 0, 1, ... `steps` steps under any combination of defenses [steps + 1].
 
-    In a step the prices of the Lagrangians are set from the current p, then theta is updated, then merged back.
+    In a step the prices of the Lagrangians are set from the current p, then theta += lr x drift for so many `updates`,
+    then theta is merged back.
     """
     static = [defense for defense in defenses if not isinstance(defense, MergeBack | Lagrangian)]
     lagrangians = [defense for defense in defenses if isinstance(defense, Lagrangian)]
@@ -443,7 +445,8 @@ def simulate(
             last_errors[i] = error
             mine, integrals[i] = defense.controlled(integrals[i], error, 0.0 if last is None else error - last)
             price += mine
-        theta += lr * float(drift(path[-1], p0, defenses=static, price=price, **setting))
+        for _ in range(updates):
+            theta += lr * float(drift(float(sigmoid(theta)), p0, defenses=static, price=price, **setting))
         for defense in defenses:
             if isinstance(defense, MergeBack) and step % defense.every == 0:
                 theta = start + defense.keep * (theta - start)
