@@ -300,7 +300,8 @@ def test_confirm_has_the_arms_of_defenses_and_enough_new_seeds():
 
 
 def test_robust_alignment_has_a_control_that_differs_in_nothing_else():
-    aligns = {job.name: job.recipe.align for job in plan(read_study(RECIPES / "studies" / "more_defenses.yaml")).alignments}
+    more = plan(read_study(RECIPES / "studies" / "more_defenses.yaml"))
+    aligns = {job.name: job.recipe.align for job in more.alignments}
     plain = aligns["align-align_grpo"]
     for name in ("robust_entropy", "robust_frpo"):
         robust = aligns[f"align-{name}"]
