@@ -23,7 +23,7 @@ import yaml
 from atp_rl import cli
 from atp_rl.recipe import load
 from atp_rl.studies import local, record, slurm
-from atp_rl.studies.file import Study, find_sources, read_study
+from atp_rl.studies.file import Study, find_sources, read_study, study_folder
 from atp_rl.studies.members import Job, Member, Plan, fingerprint, plan
 from atp_rl.studies.show import plan_lines, too_few_seeds
 from atp_rl.types import InputError
@@ -177,6 +177,11 @@ def test_files_are_found_here_first_and_then_in_the_package(tmp_path):
     (tmp_path / "recipes" / "defenses").mkdir(parents=True)
     (tmp_path / KL).write_text("seed: 1")
     assert find_sources([KL]) == [KL]
+
+
+def test_a_study_of_the_package_is_compared_from_any_folder(tmp_path):
+    assert study_folder(Path("recipes/studies/smoke.yaml")) == Path("runs/smoke")
+    assert study_folder(Path("recipes/studies/nowhere.yaml")) is None
 
 
 WRONG_FILES = {

@@ -11,7 +11,7 @@ Hook:      accept. cusum and e_process trust a step whose statistic is at rest (
            returns to before the drift began; one_shot trusts every step that it accepts.
 Cost:      one evaluation of the gate suite per step: its tokens, a forward for every reply, its seconds.
 Known failure: one_shot is tested anew every step: over 50 checkpoints it rejects a policy that stays exactly at
-           `max_rate` with a probability of 70 to 89 % (n = 64), and one that creeps up below the limit passes every
+           `max_rate` with a probability of 55 to 89 % (n = 64), and one that creeps up below the limit passes every
            time. The others hold their level for the p0 that they are given; one that is measured on n decisions is as
            uncertain as that. Decisions of one episode are not independent, which all three take them to be. Invalid
            answers are no violations unless `count_invalid`: a policy that stops answering passes, so read that rate.

@@ -1,4 +1,4 @@
-"""What changed, and at what price: `docs/metrics.md` items 3, 4, 10 and 12, pure functions on arrays.
+"""What changed, and at what price: `docs/statistics.md` items 3, 4, 10 and 12, pure functions on arrays.
 
 Differences and ratios of violation rates that are paired by scenario, with two-sided 95 % intervals over scenarios:
 they speak of the runs at hand, not of other seeds. Over seeds, give one value per seed to

@@ -1,4 +1,4 @@
-"""Comparing two arms of a study: pure functions on arrays, `docs/metrics.md`, "Comparing defenses".
+"""Comparing two arms of a study: pure functions on arrays, `docs/statistics.md`, "Comparing arms".
 
 Arms share scenarios and seeds, so that every comparison is paired: value i of one arm and value i of the other are the
 same seed (or the same scenario). Differences are first arm minus second; intervals are two-sided 95 %, p-values are
@@ -121,7 +121,7 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> Contrast:
 def pairs_needed(only_a: float, only_b: float, power: float = 0.8) -> PairsNeeded:
     """Scenarios needed so that McNemar's test at .05 finds a difference with this probability.
 
-    `asymptotic` is Connor's formula (1987, Biometrics 43:207), which gives the 155 and 390 of `docs/metrics.md`;
+    `asymptotic` is Connor's formula (1987, Biometrics 43:207), which gives the 155 and 390 of `docs/statistics.md`;
     `exact` the first number from which on the exact test that `mcnemar` makes has the power (looked at up to twice the
     asymptotic one): it needs about a tenth more.
 

@@ -1,4 +1,4 @@
-"""What a defense costs, in computing and in what the agent is good for: `docs/metrics.md` item 15."""
+"""What a defense costs, in computing and in what the agent is good for: `docs/statistics.md` item 15."""
 
 from __future__ import annotations
 

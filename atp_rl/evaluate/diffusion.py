@@ -1,4 +1,4 @@
-"""How collusion spreads between seats and rounds: `docs/metrics.md` item 13, pure functions on arrays.
+"""How collusion spreads between seats and rounds: `docs/statistics.md` item 13, pure functions on arrays.
 
 A *game* is one episode of a threshold game; a round *succeeds* when enough seats chose the collective option, which is
 the violation. Times are rounds counted from 1, or steps of checkpoints; a *cluster* is what is independent of the rest:

@@ -1,4 +1,4 @@
-"""Signs of tipping before the violation rate shows it: `docs/metrics.md` item 8, pure functions on arrays.
+"""Signs of tipping before the violation rate shows it: `docs/statistics.md` item 8, pure functions on arrays.
 
 Two of them look at a training batch: the covariance of advantage and violation is the very push that the update gives,
 and groups that hold both violations and compliance are the only ones that can push. Two look at the curve: near a
@@ -52,7 +52,7 @@ def advantage_violation_covariance(advantages: ArrayLike, violations: ArrayLike)
     """Mean of advantage x (violation - its group's mean) over a batch: the first-order push to violate.
 
     With group-normalised advantages that payoff alone decides, a group with k violators of G adds
-    sqrt(k (G - k) (G - 1) / G^3), the push of `docs/defenses.md` section 1. Positive pushes up, 0 is no push.
+    sqrt(k (G - k) (G - 1) / G^3), the push of `docs/prediction.md`. Positive pushes up, 0 is no push.
 
     Args:
         advantages: [N, G], as the update uses them.

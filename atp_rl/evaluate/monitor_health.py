@@ -1,4 +1,4 @@
-"""Whether a monitor still sees what it is there to see: `docs/metrics.md` item 14, pure functions on arrays.
+"""Whether a monitor still sees what it is there to see: `docs/statistics.md` item 14, pure functions on arrays.
 
 A policy that is trained against a monitor can learn to violate where the monitor does not look; its recall then falls
 from checkpoint to checkpoint. The truth is the scorer's verdict, which is never the monitor's.

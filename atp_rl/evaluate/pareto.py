@@ -1,4 +1,4 @@
-"""What an arm earns against what it breaks: `docs/metrics.md` item 11, pure functions on points.
+"""What an arm earns against what it breaks: `docs/statistics.md` item 11, pure functions on points.
 
 A point is one checkpoint of one run or one setting of a defense: (payoff, compliance), both better when larger, with
 payoff normalised to 0 for the aligned policy and 1 for the fully tipped one, and compliance 1 - violation.

@@ -1,4 +1,4 @@
-"""The statistics of decay curves: pure functions on arrays, numbered as in `docs/metrics.md` items 1 and 3-7.
+"""The statistics of decay curves: pure functions on arrays, numbered as in `docs/statistics.md` items 1 and 3-7.
 
 Rates are shares of decisions in [0, 1]; k counts violations among n decisions; steps are policy updates; intervals are
 two-sided 95 %. scipy and lifelines are imported where they are used, so that importing this module is fast.

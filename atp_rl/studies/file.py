@@ -148,7 +148,8 @@ def find_sources(sources: Sources) -> list[str]:
 
 
 def study_folder(path: Path) -> Path | None:
-    """The directory of a study that is named by it or by its file; None for anything else."""
+    """The directory of a study that is named by it or by its file (here or in the package); None for anything else."""
     if (path / "study.json").exists():
         return path
+    path = Path(find_sources([str(path)])[0])
     return read_study(path).folder if path.is_file() and path.suffix in (".yaml", ".yml") else None

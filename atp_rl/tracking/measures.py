@@ -1,4 +1,4 @@
-"""What a finished run measured: `docs/metrics.md` items 3 to 15, each from the plain files of its directory.
+"""What a finished run measured: `docs/statistics.md` items 3 to 15, each from the plain files of its directory.
 
 One run is one seed: intervals are over its scenarios (or its steps, where that is said) and say nothing of other seeds;
 for these there is the table of a study. Where a number has no interval `without` says why, and what a run cannot tell
