@@ -15,6 +15,8 @@ Known failure: one_shot is tested anew every step: over 50 checkpoints it reject
            time. The others hold their level for the p0 that they are given; one that is measured on n decisions is as
            uncertain as that. Decisions of one episode are not independent, which all three take them to be. Invalid
            answers are no violations unless `count_invalid`: a policy that stops answering passes, so read that rate.
+           A rollback does not change what pays: the policy drifts again, as far as it gets before the next alarm, and
+           through a `cooldown` undisturbed. A checkpoint may be of that moment.
 """
 
 from __future__ import annotations
