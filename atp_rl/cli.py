@@ -139,7 +139,9 @@ def evaluate(
 
 @app.command()
 def predict(
-    recipe: RecipeArgs,
+    recipe: Annotated[
+        list[str] | None, typer.Argument(help="YAML files and key.sub=value overrides; not needed with --against.")
+    ] = None,
     p0: Annotated[
         float | None, typer.Option("--p0", help="Violation rate when aligned; default: the recipe's own run's, or .01.")
     ] = None,
@@ -159,12 +161,22 @@ def predict(
 
     if scale_by and not against:
         raise InputError("--scale-by: is for --against; leave it out")
-    resolved = load(recipe)
-    try:
-        shown = tables(predict(resolved, pipeline.check(resolved), p0=p0), resolved.defenses)
-    except NoPrediction as reason:
-        shown = [f"no prediction: {reason}"]
-    for each in [*shown, *(beside(against, scale_by) if against else [])]:
+    if against and p0 is not None:
+        raise InputError("--p0: is not for --against, where every run has its own; leave it out")
+    if against:
+        if recipe:
+            pipeline.check(load(recipe))
+        shown = beside(against, scale_by)
+    elif recipe:
+        resolved = load(recipe)
+        suites = pipeline.check(resolved)
+        try:
+            shown = tables(predict(resolved, suites, p0=p0), resolved.defenses)
+        except NoPrediction as reason:
+            shown = [f"no prediction: {reason}"]
+    else:
+        raise InputError("RECIPE: is missing; give a YAML file, or finished runs with --against")
+    for each in shown:
         _print(each)
 
 

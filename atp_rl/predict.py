@@ -380,7 +380,7 @@ def _why_it_fails(
         enough = max(enough, prediction.critical_beta) if below else enough
         how = f"{modelled.estimator}, G = {setting['group_size']}, scale_rewards {setting['scale_rewards']}"
         fault = f"is below the critical {prediction.critical_beta:.3g}" if below else "is too low"
-        fix = f"; from {enough:.3g} on it holds {HELD:.0%}" if math.isfinite(enough) else ""
+        fix = f"; from {rounded_up(enough)} on it holds {HELD:.0%}" if math.isfinite(enough) else ""
         return f"beta {modelled.beta:g} {fault} ({how}){fix}"
     if not alone.fails:
         return None
@@ -396,10 +396,19 @@ def _why_it_fails(
             fine = (
                 gap / (modelled.recall - modelled.false_alarm) if modelled.recall > modelled.false_alarm else math.inf
             )
-            return f"is below the deterrence bound, a violation still gains {left:.2g}; a fine above {fine:.2g} deters"
+            fault = f"is below the deterrence bound, a violation still gains {left:.2g}"
+            return f"{fault}; a fine above {rounded_up(fine)} deters"
         why = "deters on average, but group-normalised advantages count how often a violation pays, not how much"
         return f"{why}: recall above .5 is needed"
     return "is too weak"
+
+
+def rounded_up(bound: float, digits: int = 3) -> str:
+    """A lower bound, rounded up to that many significant digits: whoever takes what is printed has enough."""
+    if not 0 < bound < math.inf:
+        return f"{bound:.{digits}g}"
+    unit = 10.0 ** (math.floor(math.log10(bound)) + 1 - digits)
+    return f"{math.ceil(bound / unit - 1e-9) * unit:.{digits}g}"  # .2 as a float is not to become .201
 
 
 def in_a_line(recipe: Recipe, suites: Suites) -> str:

@@ -23,7 +23,7 @@ from atp_rl.evaluate import tipping
 from atp_rl.evaluate.tipping import Lagrangian, MergeBack
 from atp_rl.pipeline import suites_of
 from atp_rl.predict import LONGEST, NoPrediction, Prediction, aligned_rate, predict
-from atp_rl.predict_tables import rate_text
+from atp_rl.predict_tables import rate_text, steps_text
 from atp_rl.recipe import load
 from atp_rl.tracking.compare import arms, crossing_text
 from atp_rl.tracking.read import RunRecord, expand, load_run
@@ -35,6 +35,8 @@ TIED = 0.02
 TIED_TIMES = 0.1
 """Nor are times to 25 % that differ by a smaller share of the longer one."""
 THRESHOLDS = ("0.25", "0.50")
+SCALE = "(scale)"
+STARTS_ABOVE = "starts above 25 %"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Compared:
     """Why there is no prediction; else empty."""
     scale: float | None
     """Model steps that one of the run's steps is worth."""
+    gives_scale: bool = False
+    """Whether the scale is this run's, which could then not have failed."""
 
     @cached_property
     def path(self) -> tipping.Floats | None:
@@ -75,10 +79,15 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """Whether the run passed 25 % as predicted."""
+        """Whether the run passed 25 % as predicted; `SCALE` and `STARTS_ABOVE` where that is no evidence."""
         if self.prediction is None:
             return f"no prediction: {self.reason}"
-        final, crossing = self.record.summary["final"], self.record.summary["time_to"]["0.25"]
+        if self.gives_scale:
+            return SCALE
+        summary = self.record.summary
+        final, crossing = summary["final"], summary["time_to"]["0.25"]
+        if crossing["step"] == 0 or (summary["aligned"]["violation_rate"] or 0.0) >= TIPPED_ABOVE:
+            return STARTS_ABOVE
         tips, predicted = crossing["step"] is not None, self.time_to(0.25)
         if not tips and (final["ci_high"] is None or final["ci_high"] >= TIPPED_ABOVE):
             return "unclear: the interval holds 25 %"
@@ -88,7 +97,7 @@ class Compared:
             return "not as predicted: it tipped"
         if self.scale is None:
             return "open: predicted to tip, held so far"
-        late = predicted > self.record.summary["steps"]
+        late = predicted > summary["steps"]
         return "as predicted: too short to tip" if late else "not as predicted: it held"
 
 
@@ -99,12 +108,12 @@ def against(paths: Sequence[Path], scale_by: Path | None) -> list[Table | Text]:
         InputError: unreadable runs; a run to scale by that cannot be one.
     """
     scale = model_steps_per_step(scale_by) if scale_by else None
-    grouped = [[compare(record, scale) for record in arm] for arm in arms(expand(paths))]
-    return [_table(grouped), Text("\n".join(_notes(grouped, scale, scale_by)))]
+    grouped = [[compare(record, scale, scale_by) for record in arm] for arm in arms(expand(paths))]
+    return [_table(grouped, scale), Text("\n".join(["", *_notes(grouped, scale, scale_by)]))]
 
 
-def compare(record: RunRecord, scale: float | None = None) -> Compared:
-    """A run beside the prediction of its recipe, from its own aligned rate."""
+def compare(record: RunRecord, scale: float | None = None, scale_by: Path | None = None) -> Compared:
+    """A run beside the prediction of its recipe, from its own aligned rate; `scale` is that of the run `scale_by`."""
     recipe = load([str(record.path / "recipe.yaml")])
     p0, p0_from = aligned_rate(record)
     try:
@@ -114,7 +123,8 @@ def compare(record: RunRecord, scale: float | None = None) -> Compared:
     unknown = [each.name for each in prediction.alone if each.end is None]
     if unknown:
         return Compared(record, None, f"the model does not know {' and '.join(unknown)}", scale)
-    return Compared(record, prediction, "", scale)
+    gives_scale = scale_by is not None and record.path.resolve() == scale_by.resolve()
+    return Compared(record, prediction, "", scale, gives_scale)
 
 
 def model_steps_per_step(run: Path) -> float:
@@ -161,17 +171,26 @@ def order(grouped: Sequence[Sequence[Compared]]) -> tuple[int, int]:
     return right, pairs
 
 
-def _table(grouped: Sequence[Sequence[Compared]]) -> Table:
-    """One line an arm, in it one for every seed."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="prediction | measurement", title_justify="left")
+def _table(grouped: Sequence[Sequence[Compared]], scale: float | None) -> Table:
+    """A row a run, the arm's name in the first of its rows; predicted times are model steps (m) without a scale."""
+    shown = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=0,
+        show_edge=False,
+        title="prediction | measurement",
+        title_justify="left",
+    )
     shown.add_column("arm", overflow="fold")
-    shown.add_column("seed", justify="right")
-    for heading in ("p0", "end", "to .25", "to .50", "| end [95 %], n", "to .25", "to .50"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("25 %", min_width=12)
+    times = ("to\n.25", "to\n.50")
+    predicted = times if scale else tuple(f"m {heading}" for heading in times)
+    for heading in ("seed", "p0", "end", *predicted, "| end", "[95 %]", "n", *times):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("25 %", overflow="fold")
     for arm in grouped:
-        columns = zip(*(_cells(run) for run in arm), strict=True)
-        shown.add_row(Text(arm[0].record.summary["name"]), *(Text("\n".join(cells)) for cells in columns))
+        for place, run in enumerate(arm):
+            name = run.record.summary["name"] if place == 0 else ""
+            shown.add_row(*(Text(cell) for cell in (name, *_cells(run))))
     return shown
 
 
@@ -179,26 +198,17 @@ def _cells(run: Compared) -> list[str]:
     summary, prediction = run.record.summary, run.prediction
     final = summary["final"]
     interval = f"[{rate_text(final['ci_low'])}–{rate_text(final['ci_high'])}]"
-    measured = [f"{rate_text(final['violation_rate'])} {interval}, n = {final['n']}"]
+    measured = [rate_text(final["violation_rate"]), interval, str(final["n"])]
     measured += [crossing_text(summary["time_to"][threshold]) for threshold in THRESHOLDS]  # pyright: ignore
     if prediction is None:
         return [str(summary["seed"]), *["–"] * 4, *measured, run.verdict]
     end = prediction.together.end if run.path is None else float(run.path[-1])
-    times = [_time(run.time_to(float(threshold)), run.scale) for threshold in THRESHOLDS]
+    times = [steps_text(run.time_to(float(threshold))) for threshold in THRESHOLDS]
     return [str(summary["seed"]), rate_text(prediction.p0), rate_text(end), *times, *measured, run.verdict]
 
 
-def _time(steps: float, scale: float | None) -> str:
-    """A predicted time: in steps of the run where there is a scale, else in model steps, marked so."""
-    if not math.isfinite(steps):
-        return "never"
-    return f"{steps:,.0f} m" if scale is None else f"{steps:,.0f}"
-
-
 def _notes(grouped: Sequence[Sequence[Compared]], scale: float | None, scale_by: Path | None) -> list[str]:
-    own = scale_by and scale_by.resolve()  # could not have failed
-    runs = [run for arm in grouped for run in arm if run.record.path.resolve() != own]
-    verdicts = [run.verdict for run in runs if run.prediction]
+    verdicts = [run.verdict for arm in grouped for run in arm if run.prediction and not run.gives_scale]
     right, pairs = order(grouped)
     by = "the predicted rate at the last step" if scale else "who passes 25 % first, then where it settles"
     unit = (
@@ -212,7 +222,7 @@ def _notes(grouped: Sequence[Sequence[Compared]], scale: float | None, scale_by:
     agreed = sum(verdict.startswith("as") for verdict in counted)
     return [
         f"threshold: {agreed} of {len(counted)} runs passed 25 %, or did not, as predicted; "
-        f"{len(verdicts) - len(counted)} are open or unclear",
+        f"{len(verdicts) - len(counted)} are open or unclear, or start above 25 %",
         f"order: {right} of {pairs} pairs of arms ended in the predicted order (by {by})",
         unit,
     ]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp_rl.evaluate import tipping
-from atp_rl.predict import HELD, Prediction, known, warnings_of
+from atp_rl.predict import HELD, Prediction, known, rounded_up, warnings_of
 from atp_rl.recipe import DefenseSpec
 
 
@@ -32,11 +32,12 @@ def _head(prediction: Prediction) -> list[str]:
 
 
 def _outlooks(prediction: Prediction) -> Table:
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    holds = f"holds: never comes to 25 %; holds {HELD:.0%}: settles there or below"
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, caption=holds, caption_justify="left")
     shown.add_column("defense", overflow="fold")
     for heading in ("end", "peak", "to 25 %", "to 50 %"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("predicted", min_width=30)
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("predicted", overflow="fold")
     several = [prediction.together] if len(known(prediction.alone)) > 1 else []
     for each in (prediction.undefended, *prediction.alone, *several):
         numbers = [steps_text(each.to_25), steps_text(each.to_50)] if each.end is not None else ["–", "–"]
@@ -50,19 +51,18 @@ def _tail(prediction: Prediction, specs: Sequence[DefenseSpec]) -> list[str]:
     lines = []
     if prediction.undefended.fails:
         weights = {e: tipping.hold_beta(HELD, p0, e, **setting) for e in ("k3", "bias_corrected", "reward")}
-        enough = ", ".join(f"{weight:.2g} ({estimator})" for estimator, weight in weights.items())
+        enough = ", ".join(f"{rounded_up(weight)} ({estimator})" for estimator, weight in weights.items())
         held = f"to hold {HELD:.0%} from this p0: {enough}" if p0 < HELD else f"none holds {HELD:.0%}, less than p0"
         critical = f"{prediction.critical_beta:.3g}" if math.isfinite(prediction.critical_beta) else "none (no limit)"
         lines.append(f"KL anchor: critical beta {critical} (k3, however small p0 is); {held}")
     if rewards.violation > rewards.compliance:
         needed = tipping.deterrence(high=rewards.violation, low=rewards.compliance, fine=-rewards.detected)
         pays = "compliance pays" if prediction.gap <= 0 else "violating pays"
-        bound = (
-            f"deterrence: compliance pays most from a detection of {needed:.2f} on; here it is {detection:g}: {pays}"
-        )
+        least = rounded_up(needed, 2)
+        bound = f"deterrence: compliance pays most from a detection of {least} on; here it is {detection:g}: {pays}"
         if detection and prediction.gap > 0:
             fine = tipping.deterring_fine(detection, high=rewards.violation, low=rewards.compliance)
-            bound += f"; with it, a fine of {fine:.2g} of the best payoff is enough"
+            bound += f"; with it, a fine of {rounded_up(fine)} of the best payoff is enough"
         lines.append(bound)
         if prediction.gap < 0 and prediction.undefended.end != 0:
             lines.append(

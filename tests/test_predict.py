@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from atp_rl import pipeline
 from atp_rl.cli import main
@@ -23,6 +26,7 @@ from atp_rl.predict import (
     as_modelled,
     options,
     predict,
+    rounded_up,
     warnings,
     warnings_of,
 )
@@ -236,7 +240,7 @@ def test_defenses_are_predicted_alone_and_together():
 def test_an_anchor_below_the_critical_weight_is_warned_of():
     (line,) = warned({"name": "kl_anchor", "beta": 0.04})
     assert "kl_anchor: beta 0.04 is below the critical 2.47 (k3, G = 8, scale_rewards group)" in line
-    assert "from 2.47 on it holds 10%" in line
+    assert "from 2.48 on it holds 10%" in line  # 7 / sqrt(8) = 2.4749
     assert "Predicted from p0 = 0.01: tips" in line
     assert "98.4%" in line
 
@@ -245,6 +249,34 @@ def test_an_anchor_just_below_the_critical_weight_is_warned_of_though_it_keeps_f
     (line,) = warned({"name": "kl_anchor", "beta": 2.0})
     assert "beta 2 is below the critical 2.47" in line
     assert "holds: settles at 1" in line
+
+
+@pytest.mark.parametrize(
+    ("bound", "digits", "printed"),
+    [
+        (3.045, 3, "3.05"),
+        (3.0401, 3, "3.05"),
+        (3.05, 3, "3.05"),
+        (0.2, 3, "0.2"),
+        (0.0141, 2, "0.015"),
+        (9.991, 3, "10"),
+        (1041.0, 3, "1.05e+03"),
+        (0.0, 3, "0"),
+        (math.inf, 3, "inf"),
+    ],
+)
+def test_a_bound_is_rounded_up(bound, digits, printed):
+    assert rounded_up(bound, digits) == printed
+
+
+@pytest.mark.parametrize("p0", [0.01, 0.05, 0.08])
+def test_the_weights_that_are_said_to_hold_do(p0):
+    made = recipe(UNWATCHED)
+    prediction = predict(made, suites_of(made), p0=p0)
+    text = shown(*tables(prediction, []))
+    for estimator in ("k3", "bias_corrected", "reward"):
+        (beta,) = re.findall(rf"([\d.]+) \({estimator}\)", text)
+        assert equilibrium(p0, defenses=[KL(float(beta), estimator)], **prediction.setting) <= 0.10001
 
 
 def test_what_is_proposed_is_not_warned_of():
@@ -285,7 +317,8 @@ def test_a_penalty_below_the_deterrence_bound_is_warned_of():
     (line,) = warned({"name": "monitor", "recall": 0.9, "false_alarm": 0.0, "fine": 0.1})
     gap = predicted(UNWATCHED).gap
     assert f"a violation still gains {gap - 0.09:.2g}" in line
-    assert f"a fine above {gap / 0.9:.2g} deters" in line
+    (fine,) = re.findall(r"a fine above (\S+) deters", line)
+    assert gap / 0.9 <= float(fine) < gap / 0.9 * 1.01
     assert warned({"name": "monitor", "recall": 0.9, "fine": 1.0}) == []
 
 
@@ -389,12 +422,34 @@ def test_the_command_says_that_it_predicts_nothing(call):
         (["--p0", "2"], "p0 must be between 0 and 1, got 2.0"),
         (["--scale-by", "x"], "--scale-by: is for --against"),
         (["--against", "nowhere"], "no such file"),
+        (["--against", "nowhere", "--p0", "0.1"], "--p0: is not for --against"),
     ],
 )
 def test_bad_input_of_the_command(call, arguments, says):
     code, _, errors = call("predict", ROLE_PLAY, *arguments)
     assert code == 2
     assert says in errors
+
+
+def test_the_command_needs_a_recipe_or_runs(call):
+    code, _, errors = call("predict")
+    assert code == 2
+    assert "RECIPE: is missing" in errors
+
+
+@pytest.mark.parametrize("recipes", [[], [ROLE_PLAY]])
+def test_beside_runs_the_table_of_a_recipe_is_left_out(call, study, recipes):
+    code, output, _ = call("predict", *recipes, "--against", study[2])
+    assert code == 0
+    assert output.startswith("prediction | measurement")
+    assert "start: p0" not in output
+    assert "deterrence" not in output
+
+
+def test_a_recipe_is_still_checked_beside_runs(call, study):
+    code, _, errors = call("predict", ROLE_PLAY, "evolve.group_size=1", "--against", study[2])
+    assert code == 2
+    assert "group_size" in errors
 
 
 def test_a_finding_against_the_deterrence_bound_is_said():
@@ -455,8 +510,8 @@ def test_runs_stand_beside_their_predictions(study):
     assert text.count("as predicted") >= 3
     assert "no prediction: the model does not know gate" in text
     assert "open: predicted to tip, held so far" in text
-    assert "95.0% [91.0%–97.3%], n = 200" in text
-    assert "threshold: 3 of 3 runs passed 25 %, or did not, as predicted; 1 are open or unclear" in text
+    assert "95.0% [91.0%–97.3%] 200" in text
+    assert "threshold: 3 of 3 runs passed 25 %, or did not, as predicted; 1 are open or unclear, or start" in text
     # kl_3 and kl_0.1 ended alike, though they should differ; kl_0.1 and undefended are too close to be put in an order
     assert "order: 1 of 2 pairs of arms" in text
 
@@ -513,6 +568,67 @@ def test_what_theory_forbids_is_said(tmp_path):
 def test_an_interval_that_holds_the_threshold_is_unclear(tmp_path):
     path = run(tmp_path / "a", curve={0: 10, 40: 52})
     assert compare(load_run(path)).verdict == "unclear: the interval holds 25 %"
+
+
+def test_a_run_that_starts_above_the_threshold_is_not_counted(study, tmp_path):
+    high = run(tmp_path / "high", curve={0: 60, 40: 190})  # 30 % at the start
+    at = run(tmp_path / "at", curve={0: 50, 40: 52})  # 25 %
+    crossed = run(tmp_path / "crossed", curve={0: 40, 40: 190}, time_to_25=0)
+    for path in (high, at, crossed):
+        assert compare(load_run(path)).verdict == "starts above 25 %"
+    text = shown(*against([study[2], high, at, crossed], None))
+    assert "threshold: 1 of 1 runs passed 25 %, or did not, as predicted; 3 are open or unclear, or start above" in text
+
+
+def test_the_run_that_gives_the_scale_is_said_to(study):
+    table = against(study, study[0])[0]
+    assert isinstance(table, Table)
+    (verdicts,) = ([*column.cells] for column in table.columns if column.header == "25 %")
+    assert [str(each) for each in verdicts] == [
+        "(scale)",
+        "as predicted",
+        "as predicted",
+        "not as predicted: it held",
+        "no prediction: the model does not know gate",
+    ]
+
+
+def at_width(width: int, *renderables: Any) -> list[str]:
+    """The lines on a terminal of so many columns."""
+    console = Console(width=width)
+    with console.capture() as captured:
+        for each in renderables:
+            console.print(each)
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_every_run_is_one_row_of_whole_numbers_on_any_terminal(study, width, scaled):
+    lines = at_width(width, *against(study, study[0] if scaled else None))
+    assert max(map(len, lines)) <= width
+    measured = [line for line in lines if "[" in line and "–" in line and "200" in line]
+    numbers = [re.search(r"\d+\.\d% +\[\d+\.\d%–\d+\.\d%\] 200 +(>40|20) +>40", line) for line in measured]
+    assert len(measured) == 5
+    assert all(numbers)
+    assert [line.split("%")[0].split()[-2] for line in measured[:4]] == ["0", "1", "0", "0"]  # the seeds
+    assert sum(line.startswith("un") for line in measured) == 1  # undefended: two rows, named in the first
+    assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_table_of_a_recipe_loses_no_text_on_any_terminal(width):
+    made = recipe(UNWATCHED, defenses=[{"name": "kl_anchor", "beta": 0.2, "estimator": "bias_corrected"}])
+    prediction = predict(made, suites_of(made), p0=0.05)
+    lines = at_width(width, *tables(prediction, made.defenses))
+    assert max(map(len, lines)) <= width
+    start = lines[next(i for i, line in enumerate(lines) if line.startswith(" defense"))].index("predicted")
+    ended = next(i for i, line in enumerate(lines) if line.startswith("holds: never comes to 25 %"))
+    said = " ".join(" ".join(line[start:] for line in lines[:ended] if line.startswith(" ")).split())
+    assert prediction.undefended.words in said
+    assert prediction.together.words in said
+    row = next(line for line in lines if line.startswith(" none"))
+    assert re.match(r" none +100\.0% +100\.0% +\d+ +\d+ ", row)
 
 
 @pytest.mark.parametrize("which", [2, 4])
