@@ -235,6 +235,18 @@ def test_an_arm_that_is_no_fair_match_is_refused(override, named):
     assert problem.startswith(f"other: is no fair match for undefended: differs in {named}")
 
 
+def test_two_arms_of_one_recipe_are_refused():
+    arms = {"undefended": [], "kl_3": [KL], "again": [KL, "defenses[0].beta=3.0"], "kl_1": [KL, "defenses[0].beta=1.0"]}
+    (problem,) = refused(small(arms=arms))
+    assert problem.startswith("again: is the same recipe as kl_3: the arms `kl_3` and `again` differ in nothing")
+
+
+def test_two_arms_that_a_knob_makes_alike_are_refused_at_each_of_its_values():
+    arms = {"undefended": [], "slow": ["evolve.learning_rate=1e-5"]}
+    problems = refused(small(arms=arms, knobs={"evolve.learning_rate": [1e-3, 2e-3]}))
+    assert [line.partition(":")[0] for line in problems] == ["slow-learning_rate_0.001", "slow-learning_rate_0.002"]
+
+
 def test_what_a_defense_has_to_change_is_shown():
     made = plan(small(arms={"undefended": [], "watched": ["recipes/tiny/detection_0.9.yaml"]}))
     differs = {member.arm: member.differs for member in made.members}
