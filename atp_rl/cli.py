@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -231,6 +232,11 @@ def compare(
     from atp_rl.studies.file import study_folder
 
     if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
+        if not (folder / "study.json").exists():
+            raise InputError(
+                f"{runs[0]}: this study has not been started; `atp study {runs[0]}` runs it (of one that runs with "
+                "--out give that directory)"
+            )
         _league(folder, csv=csv, latex=latex, html=html, figures=figures)
         return
     if csv or latex or html or figures:
@@ -351,6 +357,8 @@ def study(
         if outcome.not_started:
             print(f"\natp: not started, for want of an alignment: {', '.join(outcome.not_started)}", file=sys.stderr)
         raise typer.Exit(1)
+    if not member:
+        print(f"next: atp compare {shlex.quote(str(out or file))}")
 
 
 @app.command()

@@ -376,14 +376,28 @@ def listed(folder: Path = Path("runs/small")) -> dict[str, str]:
 EVERYTHING = ["align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl_3-seed1"]
 
 
-def test_everything_runs_once_alignment_first(fake, atp):
+def test_the_next_command_names_the_directory_where_the_study_is_elsewhere(fake, atp):
+    assert atp("--out", "else where")[1].splitlines()[-2:] == ["else where", "next: atp compare 'else where'"]
+
+
+def test_a_study_that_has_not_been_started_is_not_compared(tmp_path, monkeypatch, capsys):
+    path = write(small(), tmp_path)
+    monkeypatch.setattr("sys.argv", ["atp", "compare", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    started = f"atp: {path}: this study has not been started; `atp study {path}` runs it"
+    assert capsys.readouterr().err.startswith(started)
+
+
+def test_everything_runs_once_alignment_first(fake, atp, tmp_path):
     code, output, errors = atp("--workers", "1")
     assert code == 0
     assert "atp: warning: no primary contrast can become significant" in errors
     assert fake.calls() == [f"run {name}" for name in EVERYTHING]
     assert listed() == dict.fromkeys(EVERYTHING, "complete")
-    assert output.splitlines()[-2].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
-    assert output.splitlines()[-1] == "runs/small"
+    assert output.splitlines()[-3].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
+    assert output.splitlines()[-2:] == ["runs/small", f"next: atp compare {tmp_path}/study.yaml"]
     summary = json.loads(Path("runs/small/summary.json").read_text())
     assert [arm["dir"] for arm in summary["arms"]] == EVERYTHING[1:]
     entry = json.loads(Path("runs/small/study.json").read_text())["members"][2]
