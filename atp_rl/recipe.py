@@ -597,6 +597,8 @@ def load(args: Sequence[str]) -> Recipe:
         source = f"override `{arg}`" if is_override else arg
         try:
             key, value = _read_override(arg) if is_override else ("", read_mapping(arg))
+            if not is_override and value and "arms" in value and not Recipe.model_fields.keys() & value.keys():
+                raise InputError(f"is a study, not a recipe; `atp study {arg}` runs it")
             notes += [(noted, source) for noted in _walk(value, key)]
             if is_override:
                 OmegaConf.update(merged, key, value)
