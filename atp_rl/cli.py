@@ -9,17 +9,21 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from atp_rl import scenarios_cli
 from atp_rl.types import InputError
+
+if TYPE_CHECKING:
+    from atp_rl.recipe import Recipe
 
 app = typer.Typer(
     help="RL fine-tuning for alignment decay: align an agent, let it evolve on what pays, measure what erodes.",
@@ -52,11 +56,11 @@ def run(
 ) -> None:
     """Run all stages of a recipe: align, evolve, evaluate."""
     from atp_rl import pipeline
-    from atp_rl.recipe import dump, load
+    from atp_rl.recipe import dump
     from atp_rl.tracking.run import Run
 
     files = next((i for i, arg in enumerate(recipe) if not os.path.isfile(arg)), len(recipe))
-    resolved = load([*recipe[:files], *(overlay or []), *recipe[files:]])
+    resolved = _load([*recipe[:files], *(overlay or []), *recipe[files:]])
     if dry_run:
         from atp_rl.launch import promise
         from atp_rl.memory_plan import memory_lines
@@ -157,7 +161,6 @@ def predict(
     from atp_rl.predict import NoPrediction, predict
     from atp_rl.predict_runs import against as beside
     from atp_rl.predict_tables import tables
-    from atp_rl.recipe import load
 
     if scale_by and not against:
         raise InputError("--scale-by: is for --against; leave it out")
@@ -165,10 +168,10 @@ def predict(
         raise InputError("--p0: is not for --against, where every run has its own; leave it out")
     if against:
         if recipe:
-            pipeline.check(load(recipe))
+            pipeline.check(_load(recipe))
         shown = beside(against, scale_by)
     elif recipe:
-        resolved = load(recipe)
+        resolved = _load(recipe)
         suites = pipeline.check(resolved)
         try:
             shown = tables(predict(resolved, suites, p0=p0), resolved.defenses)
@@ -190,9 +193,8 @@ def reward_model(
 ) -> None:
     """Train a reward model on preference pairs; `evolve.reward_options.preference.model=DIR` uses it."""
     from atp_rl import pipeline
-    from atp_rl.recipe import load
 
-    metrics = pipeline.reward_model(load([*recipe, "evolve=null"]), out, pairs)
+    metrics = pipeline.reward_model(_load([*recipe, "evolve=null"]), out, pairs)
     accuracy = metrics["accuracy"]
     interval = f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}], n {accuracy['n']}"
     _print(f"right on {accuracy['value']:.1%} {interval} of the pairs of held-out families\n{out}")
@@ -242,6 +244,11 @@ def compare(
     from atp_rl.studies.file import study_folder
 
     if len(runs) == 1 and not paper and (folder := study_folder(runs[0])):
+        if not (folder / "study.json").exists():
+            raise InputError(
+                f"{runs[0]}: this study has not been started; `atp study {runs[0]}` runs it (of one that runs with "
+                "--out give that directory)"
+            )
         _league(folder, csv=csv, latex=latex, html=html, figures=figures)
         return
     if csv or latex or html or figures:
@@ -362,6 +369,8 @@ def study(
         if outcome.not_started:
             print(f"\natp: not started, for want of an alignment: {', '.join(outcome.not_started)}", file=sys.stderr)
         raise typer.Exit(1)
+    if not member:
+        print(f"next: atp compare {shlex.quote(str(out or file))}")
 
 
 @app.command()
@@ -391,6 +400,18 @@ def build(
     with progress(plan.steps, "tiny build") as show:
         model.build(out, plan, report=lambda step, phase, loss: show(step, f"{phase}  loss {loss:.3f}"))
     print(write_card(out))
+
+
+def _load(sources: Sequence[str]) -> Recipe:
+    """The recipe of a command, with a warning where one file's defenses replace another's."""
+    from atp_rl import ranks
+    from atp_rl.recipe import load, replaced_defenses
+
+    resolved = load(sources)
+    if ranks.is_first():
+        for line in replaced_defenses(sources):
+            print(f"atp: warning: {line}", file=sys.stderr)
+    return resolved
 
 
 @contextmanager

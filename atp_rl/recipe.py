@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import typing
@@ -596,6 +597,8 @@ def load(args: Sequence[str]) -> Recipe:
         source = f"override `{arg}`" if is_override else arg
         try:
             key, value = _read_override(arg) if is_override else ("", read_mapping(arg))
+            if not is_override and value and "arms" in value and not Recipe.model_fields.keys() & value.keys():
+                raise InputError(f"is a study, not a recipe; `atp study {arg}` runs it")
             notes += [(noted, source) for noted in _walk(value, key)]
             if is_override:
                 OmegaConf.update(merged, key, value)
@@ -617,6 +620,31 @@ def load(args: Sequence[str]) -> Recipe:
         except ValidationError as error:
             problems = [problem(detail, notes) for detail in error.errors()]
     raise InputError("\n".join(problems)) from None
+
+
+def replaced_defenses(args: Sequence[str]) -> list[str]:
+    """Where a file among these arguments of `load` replaces the defenses of an earlier one, as a line each.
+
+    Nothing is said where an override sets all defenses afterwards, or where the later list is empty.
+    """
+    lines, owner, there = list[str](), "", list[Any]()
+    for arg in args:
+        if "=" in arg and not os.path.isfile(arg):
+            if arg.startswith("defenses="):
+                lines, there = [], []
+            continue
+        new = (read_mapping(arg) or {}).get("defenses")
+        if not isinstance(new, list):
+            continue
+        if there and new and new != there:
+            names = ", ".join(str(spec.get("name") if isinstance(spec, dict) else spec) for spec in there)
+            both = yaml.safe_dump([*there, *new], default_flow_style=True, sort_keys=False, width=math.inf).strip()
+            lines.append(
+                f"{arg} replaces the defenses {names} of {owner}; to combine them write both into one list: "
+                f'"defenses={both}"'
+            )
+        owner, there = arg, new
+    return lines
 
 
 def dump(recipe: Recipe) -> str:

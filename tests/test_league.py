@@ -97,6 +97,30 @@ def test_the_numbers_of_an_arm(study):
     assert undefended.deployed.value is None
 
 
+def test_intervals_of_shares_stay_within_their_range_and_those_of_payoffs_do_not(tmp_path):
+    study = make_study(tmp_path / "s", {"undefended": {0: [0, 198], 1: [0, 0], 2: [100, 198]}})
+    row = rows(read_league(study))["undefended"]
+    x = (0.75 - 7 / 12) / (0.995 - 7 / 12)  # seed 2 starts above the mean payoff, at a compliance of .5
+    start, hypervolume = seed_mean([0, 0, 0.5]), seed_mean([0.01, 0, 0.5 * x + 0.01 * (1 - x)])
+    assert (row.start.value, row.start.low, row.start.high) == pytest.approx((1 / 6, 0, start.high))
+    assert (row.iqm.value, row.iqm.low, row.iqm.high) == pytest.approx((0.66, 0, 1))
+    found = row.hypervolume
+    assert (found.value, found.low, found.high) == pytest.approx((hypervolume.value, 0, hypervolume.high))
+    assert row.payoff == seed_mean([0.995, 0.5, 0.995])
+    assert (row.payoff.high or 0) > 1
+
+
+def test_an_arm_that_earns_what_it_began_with_has_a_normalised_payoff_of_0(tmp_path):
+    starts = {0: 3, 1: 5, 2: 9}
+    ends = {
+        "undefended": {seed: [k, 190] for seed, k in starts.items()},
+        "still": {s: [k, k] for s, k in starts.items()},
+    }
+    league = read_league(make_study(tmp_path / "s", ends))
+    (line,) = [line for line in csv.DictReader(io.StringIO(league_show.arms_csv(league))) if line["arm"] == "still"]
+    assert line["payoff_normalised"] == "0.0"
+
+
 def test_better_and_on_the_front(study):
     found = rows(read_league(study))
     # seed 2 of the undefended arm ends at 6 violations: as good as one seed of kl_3, better than the other four

@@ -149,6 +149,13 @@ def test_signs_before_the_tipping_point(tmp_path):
     assert "needs 8 steps" in why(m, "slowing down before the tipping point")
 
 
+def test_intervals_of_shares_stay_within_their_range(tmp_path):
+    path = make(tmp_path / "run", {0: 8, 2: 8})
+    add_metrics(path, evolve__mixed_groups=lambda t: float(t > 1))
+    mixed = of(measure_run(load_run(path)), "mixed groups")
+    assert (mixed.value, mixed.low, mixed.high, mixed.n) == (0.5, 0, 1, 2)  # Student's are -5.9 and 6.9
+
+
 def test_noise_seldom_raises_an_alarm():
     rng = np.random.default_rng(0)
     alarms = 0

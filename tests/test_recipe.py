@@ -14,9 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from atp_rl import cli
 from atp_rl import recipe as module
-from atp_rl.recipe import DefenseSpec, Probability, Recipe, check_defenses, check_trl_options, dump, json_schema, load
+from atp_rl.recipe import (
+    DefenseSpec,
+    Probability,
+    Recipe,
+    check_defenses,
+    check_trl_options,
+    dump,
+    json_schema,
+    load,
+    replaced_defenses,
+)
 from atp_rl.types import InputError
+from tests.command_line import ROLE_PLAY
 
 BASE = """
 align: {method: dpo}
@@ -74,6 +86,51 @@ def test_lists_are_replaced_not_joined():
     recipe = load([one, "defenses=[c]", write("track: {tags: [z]}", "two.yaml")])
     assert recipe.defenses == [DefenseSpec(name="c")]
     assert recipe.track.tags == ["z"]
+
+
+KL = "defenses:\n  - {name: kl_anchor, beta: 3.0}\n"
+REPLAY = "defenses:\n  - {name: replay, batch: 32}\n"
+
+
+def test_a_file_that_replaces_the_defenses_of_another_is_named_with_the_list_of_both():
+    args = ["base.yaml", write(KL, "kl.yaml"), write(REPLAY, "replay.yaml")]
+    combined = "defenses=[{name: kl_anchor, beta: 3.0}, {name: replay, batch: 32}]"
+    assert replaced_defenses(args) == [
+        "replay.yaml replaces the defenses kl_anchor of kl.yaml; to combine them write both into one list: "
+        f'"{combined}"'
+    ]
+    assert [spec.name for spec in load([*args, combined]).defenses] == ["kl_anchor", "replay"]
+    assert replaced_defenses([*args, "seed=2"]) == replaced_defenses(args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["kl.yaml", "base.yaml"],
+        ["kl.yaml", "kl.yaml"],
+        ["none.yaml", "kl.yaml"],
+        ["kl.yaml", "none.yaml"],
+        ["kl.yaml", "defenses=[replay]"],
+        ["kl.yaml", "replay.yaml", "defenses=[gate]"],
+    ],
+)
+def test_defenses_that_nothing_replaces_by_accident(args: list[str]):
+    write(KL, "kl.yaml")
+    write(REPLAY, "replay.yaml")
+    write("defenses: []", "none.yaml")
+    assert replaced_defenses(args) == []
+
+
+@pytest.mark.parametrize("command", ["run", "align", "predict"])
+def test_a_command_warns_once_of_replaced_defenses(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    args = [ROLE_PLAY, write(KL, "kl.yaml"), write(REPLAY, "replay.yaml")]
+    monkeypatch.setattr(sys, "argv", ["atp", command, *args, *(["--dry-run"] if command != "predict" else [])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().err.count("atp: warning: replay.yaml replaces the defenses kl_anchor of kl.yaml") == 1
 
 
 def test_a_section_can_be_switched_off_and_on():

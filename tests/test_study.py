@@ -235,6 +235,18 @@ def test_an_arm_that_is_no_fair_match_is_refused(override, named):
     assert problem.startswith(f"other: is no fair match for undefended: differs in {named}")
 
 
+def test_two_arms_of_one_recipe_are_refused():
+    arms = {"undefended": [], "kl_3": [KL], "again": [KL, "defenses[0].beta=3.0"], "kl_1": [KL, "defenses[0].beta=1.0"]}
+    (problem,) = refused(small(arms=arms))
+    assert problem.startswith("again: is the same recipe as kl_3: the arms `kl_3` and `again` differ in nothing")
+
+
+def test_two_arms_that_a_knob_makes_alike_are_refused_at_each_of_its_values():
+    arms = {"undefended": [], "slow": ["evolve.learning_rate=1e-5"]}
+    problems = refused(small(arms=arms, knobs={"evolve.learning_rate": [1e-3, 2e-3]}))
+    assert [line.partition(":")[0] for line in problems] == ["slow-learning_rate_0.001", "slow-learning_rate_0.002"]
+
+
 def test_what_a_defense_has_to_change_is_shown():
     made = plan(small(arms={"undefended": [], "watched": ["recipes/tiny/detection_0.9.yaml"]}))
     differs = {member.arm: member.differs for member in made.members}
@@ -364,14 +376,28 @@ def listed(folder: Path = Path("runs/small")) -> dict[str, str]:
 EVERYTHING = ["align", "undefended-seed0", "undefended-seed1", "kl_3-seed0", "kl_3-seed1"]
 
 
-def test_everything_runs_once_alignment_first(fake, atp):
+def test_the_next_command_names_the_directory_where_the_study_is_elsewhere(fake, atp):
+    assert atp("--out", "else where")[1].splitlines()[-2:] == ["else where", "next: atp compare 'else where'"]
+
+
+def test_a_study_that_has_not_been_started_is_not_compared(tmp_path, monkeypatch, capsys):
+    path = write(small(), tmp_path)
+    monkeypatch.setattr("sys.argv", ["atp", "compare", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    started = f"atp: {path}: this study has not been started; `atp study {path}` runs it"
+    assert capsys.readouterr().err.startswith(started)
+
+
+def test_everything_runs_once_alignment_first(fake, atp, tmp_path):
     code, output, errors = atp("--workers", "1")
     assert code == 0
     assert "atp: warning: no primary contrast can become significant" in errors
     assert fake.calls() == [f"run {name}" for name in EVERYTHING]
     assert listed() == dict.fromkeys(EVERYTHING, "complete")
-    assert output.splitlines()[-2].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
-    assert output.splitlines()[-1] == "runs/small"
+    assert output.splitlines()[-3].startswith("small 148/148  ETA 0:00:00  kl_3-seed1: violations 2% -> 2%")
+    assert output.splitlines()[-2:] == ["runs/small", f"next: atp compare {tmp_path}/study.yaml"]
     summary = json.loads(Path("runs/small/summary.json").read_text())
     assert [arm["dir"] for arm in summary["arms"]] == EVERYTHING[1:]
     entry = json.loads(Path("runs/small/study.json").read_text())["members"][2]

@@ -391,6 +391,13 @@ def _expanded_tail(df: float) -> float:
     return float(norm.cdf(math.sqrt((df + 1) / df) * t.ppf((1 - LEVEL) / 2, df)))
 
 
+def within(rate: Rate, most: float = 1.0) -> Rate:
+    """The rate with an interval that does not leave [0, most], as Student's can."""
+    if rate.low is None or rate.high is None:
+        return rate
+    return Rate(rate.value, max(0.0, rate.low), min(most, rate.high), rate.n)
+
+
 def seed_mean(values: ArrayLike) -> Rate:
     """The mean of one value per seed, n of them, with Student's interval; no interval where no two values differ."""
     from scipy.stats import ttest_1samp

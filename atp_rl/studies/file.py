@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 import atp_rl
-from atp_rl.recipe import problem, read_mapping
+from atp_rl.recipe import Recipe, problem, read_mapping
 from atp_rl.types import InputError
 
 PACKAGE = Path(atp_rl.__file__).parent
@@ -125,6 +125,8 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if Recipe.model_fields.keys() & value.keys() and not Study.model_fields.keys() & value.keys():
+        raise InputError(f"{path}: is a recipe, not a study; `atp run {path}` runs it")
     try:
         return Study.model_validate(value)
     except ValidationError as error:

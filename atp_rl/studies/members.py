@@ -99,6 +99,7 @@ def plan(study: Study, folder: Path | None = None) -> Plan:
     if not problems:
         problems += _unchecked(cells)
         problems += _unfair(cells)
+        problems += _twins(cells)
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
     alignments: dict[str, Job] = {}
@@ -235,6 +236,20 @@ def _unfair(cells: Sequence[_Cell]) -> list[str]:
             problems.append(
                 f"{cell.name}: is no fair match for {first.name}: differs in {', '.join(differences)} (its files: "
                 f"{', '.join(cell.sources)}); set what arms share in `set`, or vary it as a knob"
+            )
+    return problems
+
+
+def _twins(cells: Sequence[_Cell]) -> list[str]:
+    """Where two arms of one testbed, model and knobs are the same recipe."""
+    problems, known = [], dict[tuple[str, str, str, str], _Cell]()
+    for cell in cells:
+        key = (cell.testbed, cell.model, json.dumps(dict(cell.knobs)), fingerprint(cell.recipe))
+        twin = known.setdefault(key, cell)
+        if twin is not cell:
+            problems.append(
+                f"{cell.name}: is the same recipe as {twin.name}: the arms `{twin.arm}` and `{cell.arm}` differ in "
+                f"nothing; leave one out, or change what it sets (its files: {', '.join(cell.sources)})"
             )
     return problems
 

@@ -35,7 +35,7 @@ from atp_rl.evaluate.pareto import (
     payoff_at,
     payoff_at_interval,
 )
-from atp_rl.evaluate.stats import Crossing, Rate, cluster_rate, iqm_interval, rmst_interval, seed_mean
+from atp_rl.evaluate.stats import Crossing, Rate, cluster_rate, iqm_interval, rmst_interval, seed_mean, within
 from atp_rl.tracking.read import RunRecord, load_run
 from atp_rl.types import InputError
 
@@ -237,26 +237,27 @@ def _block(title: str, study: StudyFields, members: Sequence[MemberFields], runs
     for arm, found in arms.items():
         of_arm = [m for m in members if m["arm"] == arm]
         ends = [_value(record, "violation") for record in found]
+        areas = [hypervolume(points_of(record, aligned, tipped)) for record in found]  # above 1: earns more than tipped
         rows.append(
             Row(
                 arm=arm,
                 records=found,
                 planned=len(of_arm),
                 differs=tuple(of_arm[0]["differs"]),
-                start=seed_mean([_value(record, "violation", at=0) for record in found]),
+                start=within(seed_mean([_value(record, "violation", at=0) for record in found])),
                 violation=_violation(found, cells),
-                deployed=_within(seed_mean([_deployed(record) for record in found]), 1),
-                invalid=_within(seed_mean([_value(record, "invalid") for record in found]), 1),
+                deployed=within(seed_mean([_deployed(record) for record in found])),
+                invalid=within(seed_mean([_value(record, "invalid") for record in found])),
                 payoff=seed_mean([record.curve[-1][1]["payoff_mean"] for record in found]),
                 rmst=rmst_interval([_crossing(r) for r in found], horizon) if horizon else Rate(None, None, None, 0),
                 payoff_at_5=payoff_at_interval([violation_and_payoff(record) for record in found]),
-                iqm=iqm_interval([ends]),
+                iqm=within(iqm_interval([ends])),
                 improvement=probability_of_improvement(
                     [-end for end in ends], [-_value(record, "violation") for record in arms[reference]]
                 ),
                 point=points[arm],
                 on_front=arm in best,
-                hypervolume=_within(seed_mean([hypervolume(points_of(r, aligned, tipped)) for r in found]), math.inf),
+                hypervolume=within(seed_mean(areas), max(1.0, *areas)),
                 tipped=sum(record.summary["tipped"] for record in found),
                 cost=_cost(found),
             )
@@ -347,8 +348,8 @@ def points_of(record: RunRecord, aligned: float, tipped: float) -> list[Point]:
 
 
 def _mean_point(points: Sequence[Point]) -> Point:
-    x, y = np.mean(points, axis=0)
-    return float(x), float(y)
+    x, y = (round(float(mean), 12) + 0.0 for mean in np.mean(points, axis=0))  # neither -1e-17 nor -0.0
+    return x, y
 
 
 def violation_and_payoff(record: RunRecord) -> list[Point]:
@@ -359,7 +360,7 @@ def _violation(records: Sequence[RunRecord], decisions: Mapping[Path, Decisions]
     """At the last checkpoint, from the stored episodes where every run has them, or else from its rates."""
     cells = [decisions[record.path] for record in records]
     if not all(cells):
-        rate = _within(seed_mean([_value(record, "violation") for record in records]), 1)
+        rate = within(seed_mean([_value(record, "violation") for record in records]))
         return replace(rate, n=sum(record.curve[-1][1]["violation"]["n"] for record in records))
     names = sorted(set().union(*cells))
     width = max(len(verdicts) for cell in cells for verdicts in cell.values())
@@ -389,13 +390,6 @@ def _deployed(record: RunRecord) -> float:
 def _crossing(record: RunRecord) -> Crossing:
     fields = record.summary["time_to"][THRESHOLD]
     return Crossing(fields["step"], fields["censored_at"])
-
-
-def _within(rate: Rate, most: float) -> Rate:
-    """The rate with an interval that does not leave 0 to `most`, as Student's can."""
-    if rate.low is None or rate.high is None:
-        return rate
-    return Rate(rate.value, max(0.0, rate.low), min(most, rate.high), rate.n)
 
 
 def _restricted(crossing: Crossing, horizon: int) -> float:

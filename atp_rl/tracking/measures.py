@@ -7,6 +7,7 @@ is listed with the reason in `left_out`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -38,6 +39,7 @@ from atp_rl.evaluate.stats import (
     time_to_threshold,
     tipping_point,
     wilson,
+    within,
 )
 from atp_rl.tracking.league import payoff_scale, points_of, violation_and_payoff
 from atp_rl.tracking.read import RateFields, RunRecord, SplitName, TurnFields
@@ -64,7 +66,7 @@ class Measure:
     high: float | None
     n: int
     unit: Unit
-    """`points` are differences of rates; shares and points are in [-1, 1]."""
+    """`points` are differences of rates, in [-1, 1]; shares are in [0, 1], but those of what is left or lost."""
     of: str
     """What n counts."""
     without: str
@@ -248,7 +250,7 @@ def _decay(curve: _Curve) -> Found:
     span = f"from {curve.axis} {curve.at[0]} ({percent(first.value)}) to {curve.at[-1]} ({percent(last.value)})"
     pairs = _paired(curve.cells[0], curve.cells[-1])
     if pairs.size:
-        changed, kept = decay(pairs[1], pairs[0]), retention_interval(pairs[1], pairs[0])
+        changed, kept = decay(pairs[1], pairs[0]), within(retention_interval(pairs[1], pairs[0]), math.inf)
         of, without = "scenarios, paired", "no compliance to lose at first"
     else:
         changed = difference(last, first, first.n + last.n)
@@ -293,8 +295,7 @@ def _area(record: RunRecord, curve: _Curve) -> Found:
     if rates.size:
         areas = [auvc(curve.at, scenario) for scenario in rates.T]
         mean = decay(areas, np.zeros(len(areas)))
-        low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (mean.low, mean.high))
-        area = _of(4, "AUVC", Rate(mean.value, low, high, mean.n), "share", "scenarios", words)
+        area = _of(4, "AUVC", within(mean), "share", "scenarios", words)
     else:
         whole = _alone(auvc(curve.at, curve.values), n)
         area = _of(4, "AUVC", whole, "share", "decisions", words, "episodes are not stored")
@@ -387,6 +388,7 @@ def _push(record: RunRecord, tipped_at: int | None) -> Found:
             found.append(LeftOut(8, name, f"`{key}` was not logged" if record.metrics else "no step was taken"))
             continue
         mean = seed_mean([value for _, value in values])
+        mean = within(mean) if unit == "share" else mean
         highest, at = max((value, -step) for step, value in values)
         words += f"; highest {highest:.3g} at step {-at}"
         of = f"{when}, as if independent"

@@ -90,6 +90,20 @@ def test_a_file_is_named_with_its_key(refused):
     ]
 
 
+@pytest.mark.parametrize("command", ["run", "align", "predict"])
+def test_a_study_in_place_of_a_recipe(command, refused):
+    Path("grid.yaml").write_text("name: grid\nrecipes: [a.yaml]\narms: {undefended: []}\nseeds: [0]\n")
+    expected = "atp: grid.yaml: is a study, not a recipe; `atp study grid.yaml` runs it\n"
+    assert refused(command, "grid.yaml") == expected
+
+
+@pytest.mark.parametrize("command", ["study", "compare"])
+def test_a_recipe_in_place_of_a_study(command, refused):
+    Path("mine.yaml").write_text("seed: 1\nevolve: {steps: 5}\n")
+    expected = "atp: mine.yaml: is a recipe, not a study; `atp run mine.yaml` runs it\n"
+    assert refused(command, "mine.yaml") == expected
+
+
 def test_wandb_online_without_a_key(refused, monkeypatch, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
