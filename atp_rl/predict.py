@@ -336,16 +336,30 @@ def outlook(name: str, defenses: Sequence[Static | MergeBack | Lagrangian], p0: 
 def warnings(recipe: Recipe, suites: Suites) -> list[str]:
     """A line for each of the recipe's defenses that is predicted to fail, from an assumed start of `ASSUMED_P0`.
 
-    None where the defenses together hold (at `HELD` or less; a Lagrangian without kp or warm start is still named),
-    where nothing tips without them, or where the model does not apply.
+    Those that need past rounds fail where there are none. Of the others none is named where the defenses together hold
+    (at `HELD` or less; a Lagrangian without kp or warm start is still named), where nothing tips without them, or
+    where the model does not apply.
     """
+    idle = _without_effect(recipe)
     if not any(spec.name in MODELLED for spec in recipe.defenses):
-        return []
+        return idle
     try:
         prediction = predict(recipe, suites, p0=ASSUMED_P0)
     except NoPrediction:
+        return idle
+    return idle + warnings_of(prediction, recipe.defenses)
+
+
+def _without_effect(recipe: Recipe) -> list[str]:
+    from atp_rl.defenses import DEFENSES
+
+    if max(recipe.scenarios.rounds, recipe.evaluate.rounds or 1) > 1:
         return []
-    return warnings_of(prediction, recipe.defenses)
+    return [
+        f"defense {spec.name}: changes nothing in episodes of one round; set `scenarios.rounds`, or leave it out"
+        for spec in recipe.defenses
+        if DEFENSES[spec.name].needs_past
+    ]
 
 
 def warnings_of(prediction: Prediction, specs: Sequence[DefenseSpec]) -> list[str]:

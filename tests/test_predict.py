@@ -473,6 +473,15 @@ def test_a_policy_that_starts_tipped_is_predicted_too():
     assert (watched.end, watched.fails) == (0, False)
 
 
+def test_a_defense_that_needs_past_rounds_is_idle_in_one():
+    window = [{"name": "window", "rounds": 1}, {"name": "reminder"}]
+    one = recipe(defenses=window)
+    (line,) = warnings(one, suites_of(one))
+    assert line.startswith("defense window: changes nothing in episodes of one round")
+    several = recipe("scenarios.rounds=6", defenses=window)
+    assert warnings(several, suites_of(several)) == []
+
+
 def test_warnings_stand_under_the_table():
     made = recipe(UNWATCHED, defenses=[{"name": "kl_anchor", "beta": 0.04}])
     prediction = predict(made, suites_of(made), p0=0.05)

@@ -92,6 +92,8 @@ class Defense:
     act when the `deployed` rate is measured; `weights_only` is measured without."""
     needs_pairs: ClassVar[bool] = False
     """Whether it cannot do without alignment's preference pairs."""
+    needs_past: ClassVar[bool] = False
+    """Whether it changes nothing in episodes of one round."""
     asks: ClassVar[bool] = False
     """Whether its `on_prompts` has a model write text, for which `sampler.mode` must be free."""
 

@@ -23,6 +23,7 @@ from atp_rl.types import Moment
 class ContextReset(Defense):
     name = "context_reset"
     deploys = True
+    needs_past = True
     recall: float = 1.0
     """Share of the violations that the monitor sees, in [0, 1]."""
 

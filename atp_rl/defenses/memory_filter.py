@@ -27,6 +27,7 @@ COMMENT = "That broke the rule."
 class MemoryFilter(Defense):
     name = "memory_filter"
     deploys = True
+    needs_past = True
     recall: float = 1.0
     """Share of the violations that are seen, in [0, 1]."""
     mode: Literal["drop", "counter"] = "drop"

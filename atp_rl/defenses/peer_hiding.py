@@ -34,6 +34,7 @@ def change_game(scenario: Scenario, defense: str, **rules: Any) -> Scenario:
 class PeerHiding(Defense):
     name = "peer_hiding"
     deploys = True
+    needs_past = True
     peer_history: str = "none"
     """What is still read of the others: none, final, counts, or delayed(d), the counts of d rounds before."""
 

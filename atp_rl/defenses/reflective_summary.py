@@ -34,6 +34,7 @@ QUESTION = (
 class ReflectiveSummary(Defense):
     name = "reflective_summary"
     deploys = True
+    needs_past = True
     asks = True
     keep: int = 1
     """Past rounds that stay as they were, >= 0."""

@@ -20,6 +20,7 @@ from atp_rl.types import InputError, Moment
 class Window(Defense):
     name = "window"
     deploys = True
+    needs_past = True
     rounds: int | None = None
     """Past rounds that are read, >= 0; null leaves what `scenarios.history_window` shows, which is never exceeded."""
 
