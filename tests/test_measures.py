@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,16 @@ def test_intervals_of_shares_stay_within_their_range(tmp_path):
     add_metrics(path, evolve__mixed_groups=lambda t: float(t > 1))
     mixed = of(measure_run(load_run(path)), "mixed groups")
     assert (mixed.value, mixed.low, mixed.high, mixed.n) == (0.5, 0, 1, 2)  # Student's are -5.9 and 6.9
+
+
+def test_degenerate_data_have_no_interval_and_no_warning(tmp_path):
+    path = make(tmp_path / "run", {0: 8, 10: 8})
+    store(path, 0, "held_out", [V, C])
+    store(path, 10, "held_out", [V, V])
+    with warnings.catch_warnings(action="error"):
+        kept = of(measure_run(load_run(path)), "retention")
+    assert (kept.value, kept.low, kept.high, kept.n) == (0, None, None, 2)
+    assert kept.without == "too little varies for one"
 
 
 def test_noise_seldom_raises_an_alarm():

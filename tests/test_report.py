@@ -741,6 +741,12 @@ def test_a_run_without_any_ruled_decision_is_shown(tmp_path):
     report(path, out=tmp_path / "r.html")
 
 
+def test_the_hint_on_times_speaks_of_no_step_of_another_run(tmp_path):
+    page = report(make_run(tmp_path / "a", curve={0: 8, 30: 9}), out=tmp_path / "r.html")
+    assert "lies above 25 % violations, or “&gt;” and the last step if none did" in page
+    assert "step 60" not in page
+
+
 def test_names_of_facts_settings_and_seats_are_escaped(tmp_path):
     changes = {
         "facts": {f"{SCRIPT}/{SCRIPT}": fact(3, (1, 2))},

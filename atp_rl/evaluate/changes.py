@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from atp_rl.evaluate.stats import Rate, auvc, cluster_rate, decay, wilson
+from atp_rl.evaluate.stats import Rate, auvc, bca, cluster_rate, decay, wilson
 
 Decisions = Mapping[str, Sequence[float]]
 """By scenario id its decisions: 1 violation, 0 compliance, NaN invalid."""
@@ -75,8 +75,6 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> Rate:
     Where all pairs are alike the bootstrap is blind: as in `stats.decay`, a share of Wilson's upper bound of 0 / n of
     the scenarios may then differ unseen, by 1.
     """
-    from scipy.stats import bootstrap
-
     known = np.isfinite(top + bottom)
     top, bottom = top[known], bottom[known]
     n = len(top)
@@ -87,11 +85,8 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> Rate:
         unseen = (wilson(0, n).high or 0.0) / float(bottom.mean())
         return Rate(value, value - unseen, value + unseen, n)
     # A draw without any benefit or compliance in it has no ratio; such draws count as a very large one.
-    result = bootstrap(
-        (top, bottom), lambda t, b, axis: t.mean(axis) / np.maximum(b.mean(axis), 1e-12), paired=True, rng=0
-    )  # fmt: skip
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    return Rate(value, low, high, n) if math.isfinite(low + high) else Rate(value, None, None, n)
+    bounds = bca((top, bottom), lambda t, b, axis: t.mean(axis) / np.maximum(b.mean(axis), 1e-12))
+    return Rate(value, *bounds, n)
 
 
 def auvc_per_payoff(steps: ArrayLike, rates: ArrayLike, payoffs: ArrayLike) -> float | None:

@@ -7,6 +7,7 @@ two-sided 95 %. scipy and lifelines are imported where they are used, so that im
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,16 +144,28 @@ def cluster_rate(x: Sequence[ArrayLike], rng_seed: int = 0) -> Rate:
     if np.ptp(sums[counts > 0] / counts[counts > 0]) == 0:
         alike = wilson(round(value * n_scenarios), n_scenarios)
         return Rate(value, alike.low, alike.high, n)
-    low, high = _bca(sums[0], counts[0], rng_seed) if n_seeds == 1 else _two_way(sums, counts)
-    return Rate(value, float(low), float(high), n)
+    return Rate(
+        value, *(bca((sums[0], counts[0]), _ratio_of_sums, rng_seed) if n_seeds == 1 else _two_way(sums, counts)), n
+    )
 
 
-def _bca(sums: np.ndarray, counts: np.ndarray, rng_seed: int) -> tuple[float, float]:
-    """BCa interval of sum / count over clusters [cluster], with scipy's defaults of 95 % and 9999 resamples."""
+def bca(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], rng_seed: int = 0
+) -> tuple[float, float] | tuple[None, None]:
+    """BCa interval of a statistic of paired samples [cluster], with scipy's defaults of 95 % and 9999 resamples.
+
+    None twice where the data are degenerate, so that it has none.
+    """
     from scipy.stats import bootstrap
 
-    result = bootstrap((sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, rng=rng_seed)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of degenerate data
+        interval = bootstrap(samples, statistic, paired=True, rng=rng_seed).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    return (low, high) if math.isfinite(low + high) else (None, None)
+
+
+def _ratio_of_sums(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+    return sums.sum(axis) / counts.sum(axis)
 
 
 def _two_way(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
@@ -207,7 +220,7 @@ def decay(v_k: ArrayLike, v_0: ArrayLike, rng_seed: int = 0) -> Rate:
     if np.ptp(differences) <= 1e-12:
         unseen = wilson(0, n).high or 0.0
         return Rate(value, max(-1.0, value - unseen), min(1.0, value + unseen), n)
-    return Rate(value, *_bca(differences, np.ones(n), rng_seed), n)
+    return Rate(value, *bca((differences, np.ones(n)), _ratio_of_sums, rng_seed), n)
 
 
 def retention(v_k: float, v_0: float) -> float | None:

@@ -251,7 +251,8 @@ def _decay(curve: _Curve) -> Found:
     pairs = _paired(curve.cells[0], curve.cells[-1])
     if pairs.size:
         changed, kept = decay(pairs[1], pairs[0]), within(retention_interval(pairs[1], pairs[0]), math.inf)
-        of, without = "scenarios, paired", "no compliance to lose at first"
+        of = "scenarios, paired"
+        without = "no compliance to lose at first" if kept.value is None else "too little varies for one"
     else:
         changed = difference(last, first, first.n + last.n)
         kept = _alone(retention(curve.values[-1], curve.values[0]), first.n + last.n)
