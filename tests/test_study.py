@@ -313,7 +313,7 @@ def test_confirm_has_the_arms_of_defenses_and_enough_new_seeds():
     assert confirm.arms.items() <= defenses.arms.items()
     assert not {*confirm.seeds} & {*defenses.seeds}
     assert too_few_seeds(confirm) is None
-    assert len(confirm.primary or []) == 6
+    assert len(confirm.primary or []) == 4
 
 
 def test_robust_alignment_has_a_control_that_differs_in_nothing_else():
