@@ -106,7 +106,7 @@ def test_a_study_that_is_killed_finishes_after_the_same_command(tmp_path):
     assert len(first) < len(second) < 6
     kept = {m: (broken / "runs" / "killed" / m / "summary.json").stat().st_mtime_ns for m in second}
     output = run_study(broken)
-    assert output.splitlines()[-1] == "runs/killed"
+    assert output.splitlines()[-2:] == ["runs/killed", "next: atp compare study.yaml"]
 
     assert table(broken) == table(whole)
     for member in MEMBERS:
