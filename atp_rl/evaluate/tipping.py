@@ -436,21 +436,23 @@ def simulate(
     lagrangians = [defense for defense in defenses if isinstance(defense, Lagrangian)]
     integrals = [defense.warm_start for defense in lagrangians]
     last_errors: list[float | None] = [None for _ in lagrangians]
-    start = theta = logit(p0)
-    path = [p0]
+    start, p = logit(p0), p0
+    theta, path = start, [p0]
     for step in range(1, steps + 1):
         price = 0.0
         for i, defense in enumerate(lagrangians):
-            error, last = path[-1] - defense.limit, last_errors[i]
+            error, last = p - defense.limit, last_errors[i]
             last_errors[i] = error
             mine, integrals[i] = defense.controlled(integrals[i], error, 0.0 if last is None else error - last)
             price += mine
         for _ in range(updates):
-            theta += lr * float(drift(float(sigmoid(theta)), p0, defenses=static, price=price, **setting))
+            theta += lr * float(drift(p, p0, defenses=static, price=price, **setting))
+            p = float(sigmoid(theta))
         for defense in defenses:
             if isinstance(defense, MergeBack) and step % defense.every == 0:
                 theta = start + defense.keep * (theta - start)
-        path.append(float(sigmoid(theta)))
+                p = float(sigmoid(theta))
+        path.append(p)
     return np.array(path)
 
 
